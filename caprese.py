@@ -1,0 +1,276 @@
+"""The paper, equation by equation: GRIFFIN, CATS, the low-rank correction, fusing and reselection.
+
+Letters in the shape comments: B rows, T tokens, D hidden_size, F intermediate_size, k kept neurons, r rank.
+
+    attach(model, "griffin", density=0.5, rank=16)   replaces FF blocks by SparseFF
+    reset(model) -> prefill -> select(model) -> decode    what sample.py does with it
+
+To change the method, change one of: statistic (what makes a neuron worth keeping), SparseFF.sparsify (what is
+dropped), SparseFF.correction (what is put back).
+"""
+
+import hashlib
+import json
+import os
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+METHODS = ("griffin", "cats", "topk")
+
+
+def statistic(z, prompt=None):
+    """GRIFFIN's s of equation (3): z [B, T, F] -> [B, F], over the tokens where prompt [B, T] is True.
+
+    Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j.
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)  # sums of squares are too coarse in bfloat16
+    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-20)
+    zbar = z / norm.to(z.dtype)
+    if prompt is not None:
+        zbar = zbar * prompt[..., None]
+    return torch.linalg.vector_norm(zbar, dim=1, dtype=wide)
+
+
+def quantile(values, q):
+    """Linearly interpolated q-quantile of non-negative values [N] of any N, exact, as a float32 scalar tensor.
+
+    torch.quantile sorts, and refuses more than 16M values. Non-negative floats order like their bit patterns,
+    so two counts of 2^15 and 2^16 bins find an order statistic in two passes.
+    """
+    bits = values.float().view(torch.int32)
+    place = q * (len(bits) - 1)
+    low, high = (_order_statistic(bits, k) for k in (int(place), min(int(place) + 1, len(bits) - 1)))
+    return torch.lerp(low, high, place - int(place))
+
+
+def _order_statistic(bits, k):
+    """The k-th smallest (from 0) of non-negative float32 values given as int32 bit patterns [N]."""
+    top = torch.bincount(bits >> 16, minlength=1 << 15).cumsum(0)
+    upper = torch.searchsorted(top, k, right=True)
+    below = torch.where(upper > 0, top[upper - 1], 0)
+    rest = torch.bincount(bits[bits >> 16 == upper] & 0xFFFF, minlength=1 << 16).cumsum(0)
+    lower = torch.searchsorted(rest, k - below, right=True)
+    return (upper << 16 | lower).int().view(torch.float32)
+
+
+class SparseFF(nn.Module):
+    """Stands in for one FeedForward: full for prompt tokens, sparse plus x L R for generated ones.
+
+    The base weights are the FF's own Linears by reference, frozen, under their official names. The state of the
+    sequences at hand is s [B, F] (griffin) or tau [B] (cats); reset() forgets it.
+    """
+
+    def __init__(self, ff, method, density, rank):
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj, self.act = ff.gate_proj, ff.up_proj, ff.down_proj, ff.act
+        self.replaced = [ff]  # in a list, so that its weights are not registered a second time
+        self.method, self.density, self.rank = method, density, rank
+        F_, D = self.gate_proj.weight.shape
+        self.kept = max(1, round(density * F_))  # k
+        device = self.gate_proj.weight.device
+        self.L = nn.Parameter(torch.randn(D, rank, device=device) * D ** -0.5)
+        self.R = nn.Parameter(torch.zeros(rank, D, device=device))  # zero: training starts from the sparse method
+        self.buffers_at = None
+        self.reset()
+
+    def reset(self):
+        """Forget the sequences seen so far."""
+        self.s = self.tau = self.mask = None
+        self.compact = False
+
+    def forward(self, x, generated=None):
+        """x [B, T, D] -> [B, T, D]. generated: None or False, all tokens full (False: and they are counted for the
+        selection); True, all sparse, by the last select(); bool [B, T], a fresh batch in which each row's
+        generated tokens use the selection that its other tokens make."""
+        if generated is True:
+            return self.decode(x) if self.compact else self.sparse(x)
+        gate = self.act(self.gate_proj(x))
+        z = gate * self.up_proj(x)  # (1) [B, T, F]
+        if generated is None:
+            return self.down_proj(z)  # (2)
+        if generated is False:
+            self.observe(gate, z)
+            return self.down_proj(z)
+        self.reset()
+        self.observe(gate, z, ~generated)
+        self.select(compact=False)
+        at = generated[..., None]
+        return self.down_proj(torch.where(at, self.sparsify(gate, z), z)) + self.correction(x) * at
+
+    def residual(self, x, generated):
+        """FF(x) - FF_sparse(x), what equation (7) regresses: x [B, T, D] -> [B, T, D]."""
+        gate = self.act(self.gate_proj(x))
+        z = gate * self.up_proj(x)
+        self.reset()
+        self.observe(gate, z, ~generated)
+        self.select(compact=False)
+        return self.down_proj(z - self.sparsify(gate, z))
+
+    @torch.no_grad()
+    def observe(self, gate, z, prompt=None):
+        """Add tokens of the full model to the selection: all, or those where prompt [B, T] is True."""
+        if self.method == "griffin":
+            s = statistic(z, prompt)
+            self.s = s if self.s is None else torch.hypot(self.s, s)  # 4.1.1: s <- sqrt(s^2 + s_G^2)
+        elif self.method == "cats" and self.tau is None:  # of the prefill alone
+            rows = zip(gate, [slice(None)] * len(gate) if prompt is None else prompt)
+            tau = [quantile(g[p].abs().flatten(), 1 - self.density) for g, p in rows]  # (5)
+            self.tau = torch.stack(tau) * (self.density < 1)  # at 1 nothing is dropped, not even below the minimum
+
+    def select(self, compact=True):
+        """Take the top-k of s (4). One selection for all rows goes to the compact buffers, unless compact is False."""
+        if self.method != "griffin":
+            return
+        top = self.s.topk(self.kept, dim=-1).indices  # [B, k]
+        self.compact = compact and len(top) == 1
+        if self.compact:
+            self.gather(top[0])
+        else:
+            self.mask = torch.zeros_like(self.s, dtype=torch.bool).scatter_(1, top, True)
+
+    def sparsify(self, gate, z):
+        """What the method leaves of z [B, T, F]; the rest is zero."""
+        if self.method == "griffin":
+            return z * self.mask[:, None]                                           # (3)(4)
+        if self.method == "cats":
+            return z * (gate.abs() >= self.tau.to(gate.dtype)[:, None, None])       # (5)(6)
+        top = z.detach().abs().topk(self.kept, dim=-1).indices                      # oracle, figure 2
+        return torch.zeros_like(z).scatter(-1, top, z.gather(-1, top))
+
+    def correction(self, x):
+        """x L R of equation (7): [B, T, D] -> [B, T, D]."""
+        return x @ self.L.to(x.dtype) @ self.R.to(x.dtype)
+
+    def sparse(self, x):
+        """FF_sparse(x) + x L R, the masked path: every neuron is computed, the dropped ones are zeroed."""
+        gate = self.act(self.gate_proj(x))
+        return self.down_proj(self.sparsify(gate, gate * self.up_proj(x))) + self.correction(x)
+
+    def gather(self, top):
+        """Copy neurons top [k] into [Wg_k], [W1_k | L], [W2_k ; R]; the buffers keep their addresses."""
+        k, r, D = self.kept, self.rank, self.L.shape[0]
+        if self.buffers_at != (self.gate_proj.weight.device, self.gate_proj.weight.dtype):
+            new = self.gate_proj.weight.new_empty
+            self.gate_k, self.up_k, self.down_k = new(k, D), new(k + r, D), new(D, k + r)
+            self.buffers_at = (self.gate_proj.weight.device, self.gate_proj.weight.dtype)
+        with torch.no_grad():
+            self.gate_k.copy_(self.gate_proj.weight[top])
+            self.up_k[:k], self.up_k[k:] = self.up_proj.weight[top], self.L.T
+            self.down_k[:, :k], self.down_k[:, k:] = self.down_proj.weight[:, top], self.R.T
+
+    def decode(self, x):
+        """The compact path, fused: x [B, T, D] -> [B, T, D] by three small dense products."""
+        z = F.linear(x, self.up_k)                                   # x [W1_k, L]                     (9)
+        z[..., :self.kept] *= self.act(F.linear(x, self.gate_k))     # times [act(x Wg_k), 1_r]        (9)
+        return F.linear(z, self.down_k)                              # z+ [W2_k ; R]                  (10)
+
+
+def attach(model, method="griffin", density=0.5, layers=None, rank=0):
+    """Replace the FF blocks of `layers` by SparseFF; attaching again starts afresh. Returns model.
+
+    layers None is the paper's choice: the first half for griffin, all for the others (section 4).
+    rank 0 is the bare method. Raises ValueError on an unknown method, density outside (0, 1], or a bad layer.
+    """
+    total = len(model.layers)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; these are: {', '.join(METHODS)}")
+    if not 0 < density <= 1:
+        raise ValueError(f"density is {density}, but it must lie in (0, 1]")
+    if rank < 0:
+        raise ValueError(f"rank is {rank}, but it cannot be negative")
+    layers = range(total // 2 if method == "griffin" else total) if layers is None else layers
+    if not all(0 <= i < total for i in layers):
+        raise ValueError(f"layers {list(layers)} must lie in 0..{total - 1}")
+    detach(model)
+    for i in layers:
+        model.layers[i].mlp = SparseFF(model.layers[i].mlp, method, density, rank)
+    return model
+
+
+def detach(model):
+    """Put the full FF blocks back. Returns model."""
+    for layer in model.layers:
+        if isinstance(layer.mlp, SparseFF):
+            layer.mlp = layer.mlp.replaced[0]
+    return model
+
+
+def sparse_layers(model):
+    """{layer index: its SparseFF}, in order; empty if nothing is attached."""
+    return {i: layer.mlp for i, layer in enumerate(model.layers) if isinstance(layer.mlp, SparseFF)}
+
+
+def reset(model):
+    """Forget all sequences: to be called before a prefill."""
+    for ff in sparse_layers(model).values():
+        ff.reset()
+
+
+def select(model):
+    """Take the selection from all tokens counted so far: after a prefill, and at each reselection."""
+    for ff in sparse_layers(model).values():
+        ff.select()
+
+
+def added_parameters(model):
+    """Parameters in L and R as a fraction of the model's own (figure 6)."""
+    added = sum(ff.L.numel() + ff.R.numel() for ff in sparse_layers(model).values())
+    return added / (sum(p.numel() for p in model.parameters()) - added)
+
+
+def fingerprint(model):
+    """A short hash of the base model's shape and of a few weights, the same in float32 and bfloat16."""
+    config = model.config
+    sample = torch.cat([model.model["norm"].weight, model.model["embed_tokens"].weight[:8].flatten()])
+    text = f"{config.hidden_size} {config.intermediate_size} {config.num_hidden_layers} {config.vocab_size}"
+    raw = sample.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(text.encode() + raw).hexdigest()[:16]
+
+
+def save_adapter(model, file):
+    """Write L and R with what they belong to (safetensors, metadata beside them); ValueError if none is attached."""
+    from safetensors.torch import save_file
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError("no sparse method is attached, so there is no adapter to save")
+    first = next(iter(layers.values()))
+    about = {"method": first.method, "density": first.density, "layers": list(layers), "model": fingerprint(model)}
+    tensors = {f"model.layers.{i}.mlp.{name}": getattr(ff, name).detach().to("cpu", torch.float32).contiguous()
+               for i, ff in layers.items() for name in ("L", "R")}
+    save_file(tensors, f"{file}.tmp", metadata={"format": "pt", "caprese": json.dumps(about)})
+    os.replace(f"{file}.tmp", file)
+
+
+def load_adapter(model, file, density=None):
+    """Attach the method that an adapter was made for, with its L and R. Returns model.
+
+    density None is the one it was trained at. A method attached before must be the adapter's, on the same layers.
+    Raises FileNotFoundError, or ValueError for a file of another kind, model or method.
+    """
+    from safetensors import SafetensorError, safe_open
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes one")
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            about = json.loads((f.metadata() or {}).get("caprese", "null"))
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{file} is not a readable safetensors file ({e})") from None
+    if about is None:
+        raise ValueError(f"{file} is not a Caprese adapter: its metadata says nothing of one")
+    if about["model"] != fingerprint(model):
+        raise ValueError(f"{file} was made for another model (its {about['model']}, this {fingerprint(model)})")
+    attached = sparse_layers(model)
+    if attached:
+        first = next(iter(attached.values()))
+        if (first.method, list(attached)) != (about["method"], about["layers"]):
+            raise ValueError(f"{file} is for {about['method']} on layers {about['layers']}, "
+                             f"not for {first.method} on layers {list(attached)}")
+    attach(model, about["method"], density or about["density"], about["layers"])
+    for i, ff in sparse_layers(model).items():
+        for name in ("L", "R"):
+            setattr(ff, name, nn.Parameter(tensors[f"model.layers.{i}.mlp.{name}"].to(model.device)))
+        ff.rank = ff.L.shape[1]
+    return model

@@ -1,0 +1,264 @@
+"""Problems, datasets, prompts, tokenizer, grading: text in, token batches out. Imports no other file here.
+
+A problem is held out if a hash of its question says so, so that training and evaluation can never share one,
+whatever the seeds.
+"""
+
+import json
+import random
+import re
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
+NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
+THINGS = "apples books coins cards shells stamps marbles pencils stickers buttons beads cookies".split()
+PLACES = "Paris London Rome Cairo Oslo Lima Delhi Tokyo Boston Berlin".split()
+FOODS = "rice soup bread cheese fish pasta salad cake".split()
+PETS = "dog cat horse rabbit parrot turtle snake mouse".split()
+COLORS = "red blue green yellow black white brown purple".split()
+MAX_VALUE = 99
+
+
+@dataclass
+class Problem:
+    """One question with its worked response; `answer` is what grading compares."""
+    question: str
+    response: str
+    answer: str
+    kind: str = "maths"
+
+
+def held_out(question):
+    """One question in eight, chosen by a hash of its text, belongs to evaluation and never to training."""
+    return zlib.crc32(question.encode()) % 8 == 0
+
+
+def make_maths(rng, steps=None):
+    """A word problem of 2 to 8 steps, its chain of thought, and the final `#### N`.
+
+    One running number in 1..99 is changed step by step; some steps hand it on to another person.
+    """
+    steps = steps or rng.randint(2, 8)
+    who, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 50)
+    story, chain = [f"{who} has {value} {thing}."], []
+    for _ in range(steps):
+        op, n = rng.choice(_moves(value, rng))
+        result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
+        other = rng.choice([name for name in NAMES if name != who])
+        sentence = rng.choice(_SENTENCES[op] + (_SENTENCES["half"] if (op, n) == ("/", 2) else [])
+                              + (_SENTENCES["twice"] if (op, n) == ("*", 2) else []))
+        story.append(sentence.format(who=who, other=other, n=n, thing=thing))
+        who = other if sentence.startswith("{other}") else who
+        chain.append(f"{value} {op} {n} = {result}.")
+        value = result
+    question = " ".join(story) + f" How many {thing} does {who} have?"
+    return Problem(question, " ".join(chain) + f" #### {value}", str(value))
+
+
+def _moves(value, rng):
+    """One (op, n) for each operation that keeps the running number a whole one in 1..MAX_VALUE."""
+    moves = []
+    if value < MAX_VALUE:
+        moves.append(("+", rng.randint(1, min(40, MAX_VALUE - value))))
+    if value > 1:
+        moves.append(("-", rng.randint(1, min(40, value - 1))))
+    if value * 2 <= MAX_VALUE:
+        moves.append(("*", rng.randint(2, min(9, MAX_VALUE // value))))
+    divisors = [n for n in range(2, 10) if value % n == 0]
+    if divisors:
+        moves.append(("/", rng.choice(divisors)))
+    return moves
+
+
+_SENTENCES = {
+    "+": ["{who} buys {n} more.", "{who} finds {n} {thing}.", "A friend gives {who} {n} {thing}.",
+          "{other} has {n} more than {who}."],
+    "-": ["{who} loses {n}.", "{who} gives away {n} {thing}.", "{who} sells {n} of them.",
+          "{other} has {n} fewer than {who}."],
+    "*": ["{who} trades each of them for {n}.", "{other} has {n} times as many as {who}."],
+    "/": ["{who} splits them into {n} equal piles and keeps one.", "{other} and friends, {n} in all, share them equally."],
+    "half": ["{who} gives away half."],
+    "twice": ["{who} doubles them.", "{other} has double what {who} has."],
+}
+
+
+def make_reading(rng):
+    """Facts about three to five people and a question that one of them answers: no arithmetic."""
+    facts = []
+    for who in rng.sample(NAMES, rng.randint(3, 5)):
+        place, food, pet, color = rng.choice(PLACES), rng.choice(FOODS), rng.choice(PETS), rng.choice(COLORS)
+        facts.append(rng.choice([
+            (f"{who} lives in {place}.", f"Where does {who} live?", place),
+            (f"{who} likes {food}.", f"What does {who} like?", food),
+            (f"{who} has a {color} {pet}.", f"What color is the {pet} of {who}?", color),
+            (f"{who} has a {color} {pet}.", f"What animal does {who} have?", pet),
+        ]))
+    _, question, answer = rng.choice(facts)
+    passage = " ".join(fact for fact, _, _ in facts)
+    return Problem(f"{passage} {question}", f"#### {answer}", answer, "reading")
+
+
+def problems(kind, count, seed, evaluation=False, **kwargs):
+    """`count` different problems of a kind ("maths", "reading"), from the training or the held-out side."""
+    rng, seen, out = random.Random(f"{kind} {seed}"), set(), []
+    make = {"maths": make_maths, "reading": make_reading}[kind]
+    while len(out) < count:
+        problem = make(rng, **kwargs)
+        if held_out(problem.question) == evaluation and problem.question not in seen:
+            seen.add(problem.question)
+            out.append(problem)
+    return out
+
+
+class Tokenizer:
+    """tokenizer.json and the chat template of a model folder.
+
+    encode and decode are tokenizers' own; prompt() renders one user turn the way the checkpoint wants it.
+    """
+
+    def __init__(self, folder):
+        import tokenizers
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing; the folder must be in the official layout")
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        read = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
+        config, generation = read("tokenizer_config.json"), read("generation_config.json") or read("config.json")
+        self.template = config.get("chat_template")
+        self.special = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        stop = generation.get("eos_token_id")
+        self.stop_ids = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+
+    def prompt(self, question):
+        """The prompt string of one user question; without a chat template, the question itself."""
+        if not self.template:
+            return question
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        return env.from_string(self.template).render(messages=[{"role": "user", "content": question}],
+                                                     add_generation_prompt=True, **self.special)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def ask(problem):
+    """The user's turn: maths questions are preceded by the paper's instruction, reading questions stand alone."""
+    return f"{INSTRUCTION} {problem.question}" if problem.kind == "maths" else problem.question
+
+
+def pad(rows, device="cpu", value=0):
+    """Lists of token ids -> (tokens [B, T] int64 padded on the right, lengths [B] int64)."""
+    lengths = torch.tensor([len(r) for r in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), value)
+    for i, r in enumerate(rows):
+        tokens[i, :len(r)] = torch.tensor(r)
+    return tokens.to(device), lengths.to(device)
+
+
+def until_stop(ids, stop_ids):
+    """The ids up to and including the first stop id."""
+    return ids[:next((i + 1 for i, t in enumerate(ids) if t in stop_ids), len(ids))]
+
+
+def final_answer(text):
+    """What follows the last `####`, stripped, or None."""
+    found = re.findall(r"####\s*([^\n]+)", text)
+    return found[-1].strip().rstrip(".") if found else None
+
+
+def correct(text, answer):
+    """Is the final answer of a response this one? Numbers compare as numbers, so 1,000 is 1000.0."""
+    found = final_answer(text)
+    if found is None:
+        return False
+    try:
+        return float(found.replace(",", "")) == float(answer.replace(",", ""))
+    except ValueError:
+        return found == answer
+
+
+@dataclass
+class Batch:
+    """Samples side by side, padded on the right: tokens [B, T] int64, prompt_lengths [B], lengths [B] (both int64)."""
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+
+    def __post_init__(self):
+        at = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        self.generated = at >= self.prompt_lengths[:, None]               # bool [B, T]: whatever follows the prompt
+        self.response = self.generated & (at < self.lengths[:, None])     # bool [B, T]: the same without the padding
+
+
+def encode_samples(samples, tokenizer, max_tokens=2048):
+    """Problems -> [(prompt ids, response ids)]; the response without a stop id, as that is never fed back.
+
+    Longer ones than max_tokens are dropped, and their number is said on stderr; ValueError if none is left.
+    """
+    pairs = [(tokenizer.encode(tokenizer.prompt(ask(p))), tokenizer.encode(p.response)) for p in samples]
+    short = [pair for pair in pairs if sum(map(len, pair)) <= max_tokens]
+    if len(short) < len(pairs):
+        print(f"dropped {len(pairs) - len(short)} of {len(pairs)} samples of over {max_tokens} tokens", file=sys.stderr)
+    if not short:
+        raise ValueError(f"no sample of at most {max_tokens} tokens is left; raise --max-tokens or give other data")
+    return short
+
+
+# Field names of the common sets: (question, response); the first pair that a line has is taken.
+FIELDS = [("question", "answer"), ("problem", "solution"), ("query", "response"), ("prompt", "response"),
+          ("prompt", "reference"), ("instruction", "output")]
+
+
+def read_samples(file, count=None):
+    """Problems from a JSONL file with one of FIELDS or `messages`, the first `count` at most.
+
+    GSM8K's calculator marks <<...>> are left out. Raises OSError, or ValueError naming the bad line.
+    """
+    out = []
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if len(out) == count:
+                break
+            try:
+                out.append(_sample(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                raise ValueError(f"{file}, line {number}: not a sample ({e}); it needs question and answer, problem and "
+                                 "solution, query and response, prompt and response, or messages") from None
+    if not out:
+        raise ValueError(f"{file} holds no samples")
+    return out
+
+
+def _sample(row):
+    if "messages" in row:
+        turns = {m["role"]: m["content"] for m in reversed(row["messages"])}  # the first turn of each role
+        question, response, kind = turns["user"], turns["assistant"], "maths"
+    else:
+        names = next((pair for pair in FIELDS if all(row.get(name) for name in pair)), None)
+        if names is None:
+            raise KeyError("unknown fields " + ", ".join(row))
+        question, response = (row[name] for name in names)
+        kind = "text" if names[0] == "prompt" else "maths"
+    response = re.sub(r"<<.*?>>", "", response)
+    return Problem(question, response, str(final_answer(response) or row.get("answer", "")), kind)
+
+
+def batches(pairs, size, device="cpu", seed=None):
+    """One epoch of Batch over encoded pairs, similar lengths together; shuffled if a seed is given."""
+    order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
+    chunks = [order[i:i + size] for i in range(0, len(order), size)]
+    if seed is not None:
+        random.Random(seed).shuffle(chunks)
+    for chunk in chunks:
+        tokens, lengths = pad([pairs[i][0] + pairs[i][1] for i in chunk], device)
+        yield Batch(tokens, torch.tensor([len(pairs[i][0]) for i in chunk], device=device), lengths)

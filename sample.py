@@ -1,0 +1,243 @@
+"""Prefill, select, decode, reselect; and the command line around them: python sample.py [prompt]
+
+Without a prompt it answers one hard problem three ways: full model, sparse, sparse + Caprese.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import caprese
+import data
+from model import Transformer, generated_mask, resolve
+
+EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-math"
+HARD_SEED = 1
+
+
+def choose(logits, temperature=0.0, top_p=1.0, generator=None):
+    """Next tokens [B] int64 from logits [B, V]: the best one at temperature 0, else a draw.
+
+    top_p keeps the smallest set of most likely tokens whose probabilities add up to at least top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    p = torch.softmax(logits.float() / temperature, dim=-1)
+    p, order = p.sort(dim=-1, descending=True)
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token already suffices
+    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(),
+           prompt_lengths=None, samples=1, generator=None):
+    """Yield the next tokens [B * samples] int64, one step at a time, until every row has met a stop id.
+
+    A row that has met one repeats stop_ids[0] until the others are done.
+    tokens [B, S] int64; prompts of different lengths are padded on the right and prompt_lengths [B] given.
+    samples continues each prompt that often (one prompt: all share its selection). reselect is rho: every so many
+    tokens the full model reruns those since the last time (section 4.1.1). Raises ValueError on bad settings.
+    """
+    limit = model.config.max_position_embeddings
+    B, S = tokens.shape
+    if S >= limit:
+        raise ValueError(f"the prompt has {S} tokens, but the model's context ends at {limit}; shorten it")
+    if temperature < 0 or not 0 < top_p <= 1 or samples < 1 or (reselect is not None and reselect < 1):
+        raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, samples >= 1 and reselect >= 1, not "
+                         f"{temperature}, {top_p}, {samples}, {reselect}")
+    max_new_tokens = min(max_new_tokens, limit - S)
+    cache = model.new_cache(B, S + max_new_tokens)
+    caprese.reset(model)
+    hidden = model.hidden(tokens, cache, False if prompt_lengths is None else generated_mask(tokens, prompt_lengths))
+    if prompt_lengths is None:
+        last = hidden[:, -1]
+    else:
+        prompt_lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
+        cache.set_lengths(prompt_lengths)
+        last = hidden[torch.arange(B), prompt_lengths - 1]
+    caprese.select(model)
+    if samples > 1:
+        cache.repeat(samples)
+        last = last.repeat_interleave(samples, dim=0)
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
+    done = torch.zeros(B * samples, dtype=torch.bool, device=tokens.device)
+    since = []  # tokens fed since the last reselection
+    for step in range(max_new_tokens):
+        token = choose(model.logits(last), temperature, top_p, generator)  # [B]
+        if stop_ids:
+            token = torch.where(done, stops[0], token)
+            done |= torch.isin(token, stops)
+        yield token
+        if step + 1 == max_new_tokens or done.all():
+            return
+        since.append(token)
+        if len(since) == reselect:
+            # The full model takes these tokens again in one pass, which rewrites their KV entries, adds them to
+            # the statistic, and gives the logits of the next token; so rho = 1 is the full model.
+            cache.move(1 - reselect)
+            last = model.hidden(torch.stack(since, dim=1), cache, generated=False)[:, -1]
+            caprese.select(model)
+            since = []
+        else:
+            last = model.hidden(token[:, None], cache, generated=True)[:, -1]
+
+
+def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(), **kwargs):
+    """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
+    steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids, **kwargs)
+    return torch.stack(list(steps), dim=1)
+
+
+def respond(model, tokenizer, questions, max_new_tokens=512, batch=128, **kwargs):
+    """Yield (index, response, token count) for many questions, decoded in batches of similar prompt lengths."""
+    prompts = [tokenizer.encode(tokenizer.prompt(q)) for q in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for at in range(0, len(order), batch):
+        rows = order[at:at + batch]
+        tokens, lengths = data.pad([prompts[i] for i in rows], model.device)
+        new = generate(model, tokens, max_new_tokens, stop_ids=tokenizer.stop_ids, prompt_lengths=lengths, **kwargs)
+        for i, ids in zip(rows, new.tolist()):
+            ids = data.until_stop(ids, tokenizer.stop_ids)
+            yield i, tokenizer.decode(ids), len(ids)
+
+
+def evaluate(model, tokenizer, problems, **kwargs):
+    """Accuracy in [0, 1] and mean response length in tokens of greedy answers to data.Problem items."""
+    right, tokens = 0, 0
+    bar = tqdm(respond(model, tokenizer, [data.ask(p) for p in problems], **kwargs), total=len(problems),
+               desc=problems[0].kind, leave=False, disable=None)
+    for done, (i, text, count) in enumerate(bar, 1):
+        right += data.correct(text, problems[i].answer)
+        tokens += count
+        bar.set_postfix(accuracy=f"{right / done:.3f}", refresh=False)
+    return right / len(problems), tokens / len(problems)
+
+
+def common_arguments(parser):
+    """The flags that every script takes."""
+    parser.add_argument("--model", help="folder in the official layout or hub repo id (default: the embedded model)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="default: float32 on a CPU, the checkpoint's own elsewhere")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    return parser
+
+
+def load(args):
+    """(model, tokenizer) for the common flags."""
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else None
+    folder = args.model or EMBEDDED
+    model = Transformer.from_pretrained(folder, device, dtype)
+    return model, data.Tokenizer(resolve(folder))
+
+
+def run(main):
+    """Call main(); bad input ends in one line on stderr and exit code 2, an interrupt in exit code 130."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def answer(model, tokenizer, question, args, out):
+    """Stream one answer to `out`; returns its text, tokens and tokens per second (first token excluded)."""
+    from tokenizers.decoders import DecodeStream
+    prompt = torch.tensor([tokenizer.encode(tokenizer.prompt(question))], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    decoder, ids, times = DecodeStream(skip_special_tokens=True), [], []
+    for token in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
+                        tokenizer.stop_ids, generator=generator):
+        ids.append(token.item())
+        times.append(time.perf_counter())
+        print(decoder.step(tokenizer.tokenizer, ids[-1]) or "", end="", file=out, flush=True)
+    rate = (len(ids) - 1) / (times[-1] - times[0]) if len(ids) > 1 else 0.0
+    return {"response": tokenizer.decode(ids), "tokens": len(ids), "tokens_per_second": round(rate, 1)}
+
+
+def answer_often(model, tokenizer, question, args, out):
+    """args.n samples of one prompt, decoded side by side on one selection."""
+    prompt = torch.tensor([tokenizer.encode(tokenizer.prompt(question))], device=model.device)
+    start = time.perf_counter()
+    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect, tokenizer.stop_ids,
+                   samples=args.n, generator=torch.Generator(model.device).manual_seed(args.seed))
+    seconds, rows = time.perf_counter() - start, []
+    for i, ids in enumerate(new.tolist()):
+        ids = data.until_stop(ids, tokenizer.stop_ids)
+        rows.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
+        print(f"[{i + 1}] {rows[-1]['response']}", file=out)
+    total = sum(r["tokens"] for r in rows)
+    return {"samples": rows, "tokens": total, "tokens_per_second": round(total / seconds, 1)}
+
+
+def main():
+    parser = common_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    parser.add_argument("prompt", nargs="?", help="default: a hard problem for the embedded model, answered three ways")
+    parser.add_argument("--method", choices=caprese.METHODS, help="sparse method (default: the adapter's, else none)")
+    parser.add_argument("--density", type=float, help="share of neurons kept, in (0, 1] (default: the adapter's, else 0.5)")
+    parser.add_argument("--adapter", help="file written by distill.py")
+    parser.add_argument("--reselect", type=int, help="rho: reselect every so many tokens (default: never)")
+    parser.add_argument("-n", type=int, default=1, help="samples of the one prompt")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    args = parser.parse_args()
+    out = sys.stderr if args.json else sys.stdout
+    if args.density is not None and not 0 < args.density <= 1:
+        raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
+    if args.prompt is None and args.model:
+        raise ValueError("give a prompt: only the embedded model comes with a problem of its own")
+
+    model, tokenizer = load(args)
+    problem, question = None, args.prompt
+    if question is None:
+        problem = data.problems("maths", 1, seed=HARD_SEED, evaluation=True, steps=8)[0]
+        question = data.ask(problem)
+        print(f"One problem of 8 steps, held out from training, answered three ways on {args.device}.\n"
+              f"{question}\nThe right answer is {problem.answer}.", file=out)
+    else:
+        print(f"Answering with {args.model or 'the embedded model'} on {args.device}, temperature {args.temperature}.", file=out)
+
+    def attach(adapter):
+        """Set up the model for one answer: the method of the flags, and the adapter's L and R if one is given."""
+        if args.method or not adapter:
+            caprese.attach(model, args.method or "griffin", args.density or 0.5)
+        if adapter:
+            caprese.load_adapter(model, adapter, density=args.density)
+
+    rows = []
+    ways = ([("full", None), ("sparse", None), ("sparse + Caprese", args.adapter or EMBEDDED / "griffin.safetensors")]
+            if problem else [("sparse" if args.method or args.adapter else "full", args.adapter)])
+    for name, adapter in ways:
+        if name != "full":
+            attach(adapter)
+        ff = next(iter(caprese.sparse_layers(model).values()), None)
+        about = f": {ff.method}, {ff.density:.0%} of the neurons in {len(caprese.sparse_layers(model))} layers, rank {ff.rank}" if ff else ""
+        print(f"\n{name}{about}", file=out)
+        row = {"method": name} | (answer if args.n == 1 else answer_often)(model, tokenizer, question, args, out)
+        verdict = ""
+        if problem and args.n == 1:
+            row["correct"] = data.correct(row["response"], problem.answer)
+            verdict = ", right" if row["correct"] else ", wrong"
+        print(f"\n[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
+        rows.append(row)
+        caprese.detach(model)
+    if args.json:
+        print(json.dumps({"prompt": question, "rows": rows}))
+
+
+if __name__ == "__main__":
+    run(main)
