@@ -10,6 +10,8 @@ import re
 import sys
 import zlib
 from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -87,20 +89,26 @@ _SENTENCES = {
 }
 
 
-def make_reading(rng):
-    """Facts about three to five people and a question that one of them answers: no arithmetic."""
+def make_reading(rng, distinct=False):
+    """Facts about three to five people and a question that one of them answers: the fact, then `#### answer`.
+
+    distinct: three facts, no two of one kind, so that the verb alone tells which one is asked for.
+    """
     facts = []
-    for who in rng.sample(NAMES, rng.randint(3, 5)):
+    for i, who in enumerate(rng.sample(NAMES, 3 if distinct else rng.randint(3, 5))):
         place, food, pet, color = rng.choice(PLACES), rng.choice(FOODS), rng.choice(PETS), rng.choice(COLORS)
-        facts.append(rng.choice([
+        kinds = [
             (f"{who} lives in {place}.", f"Where does {who} live?", place),
             (f"{who} likes {food}.", f"What does {who} like?", food),
             (f"{who} has a {color} {pet}.", f"What color is the {pet} of {who}?", color),
             (f"{who} has a {color} {pet}.", f"What animal does {who} have?", pet),
-        ]))
-    _, question, answer = rng.choice(facts)
-    passage = " ".join(fact for fact, _, _ in facts)
-    return Problem(f"{passage} {question}", f"#### {answer}", answer, "reading")
+        ]
+        facts.append(rng.choice([kinds[:1], kinds[1:2], kinds[2:]][i] if distinct else kinds))
+    fact, question, answer = rng.choice(facts)
+    if distinct:
+        rng.shuffle(facts)
+    passage = " ".join(f for f, _, _ in facts)
+    return Problem(f"{passage} {question}", f"{fact} #### {answer}", answer, "reading")
 
 
 def problems(kind, count, seed, evaluation=False, **kwargs):
@@ -116,39 +124,108 @@ def problems(kind, count, seed, evaluation=False, **kwargs):
 
 
 class Tokenizer:
-    """tokenizer.json and the chat template of a model folder.
+    """tokenizer.json, the chat template and the stop ids of a model folder.
 
-    encode and decode are tokenizers' own; prompt() renders one user turn the way the checkpoint wants it.
+    prompt_ids() is what a model wants to see of a user's question; encode and decode are for plain text.
+    Raises FileNotFoundError or ValueError in one line that names the file.
     """
 
     def __init__(self, folder):
         import tokenizers
-        folder = Path(folder)
-        file = folder / "tokenizer.json"
+        self.folder, file = Path(folder), Path(folder) / "tokenizer.json"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing; the folder must be in the official layout")
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        read = lambda name: json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else {}
-        config, generation = read("tokenizer_config.json"), read("generation_config.json") or read("config.json")
-        self.template = config.get("chat_template")
-        self.special = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
-        stop = generation.get("eos_token_id")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as e:  # the library raises nothing narrower
+            raise ValueError(f"{file} is not a readable tokenizer: {e}") from None
+        self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
+        self.tokenizer.no_padding()
+        config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
+        self.template = self._template(config.get("chat_template"))
+        named = {k: v["content"] if isinstance(v, dict) else v for k, v in config.items() if k.endswith("_token")}
+        self.special = {k: v for k, v in named.items() if isinstance(v, str)}
+        stop = self._read("generation_config.json").get("eos_token_id")
+        stop = self._read("config.json").get("eos_token_id") if stop is None else stop
         self.stop_ids = tuple(stop) if isinstance(stop, list) else () if stop is None else (stop,)
+
+    def _read(self, name):
+        """The object in a JSON file of the folder, {} if there is none."""
+        file = self.folder / name
+        try:
+            found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as e:
+            raise ValueError(f"{file} is not valid JSON: {e}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} holds a {type(found).__name__}, not an object")
+        return found
+
+    def _template(self, template):
+        """The chat template: a file of its own comes first; of several named ones, the default."""
+        file = self.folder / "chat_template.jinja"
+        if file.exists():
+            return file.read_text(encoding="utf-8")
+        if isinstance(template, list):
+            template = {t["name"]: t["template"] for t in template}.get("default")
+        return template
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
         if not self.template:
             return question
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        return env.from_string(self.template).render(messages=[{"role": "user", "content": question}],
-                                                     add_generation_prompt=True, **self.special)
+        return render(self.template, messages=[{"role": "user", "content": question}], tools=None, documents=None,
+                      add_generation_prompt=True, **self.special)
+
+    def prompt_ids(self, question):
+        """The prompt's token ids. A template writes the bos itself; a base model has the tokenizer add it."""
+        return self.tokenizer.encode(self.prompt(question), add_special_tokens=not self.template).ids
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@lru_cache(maxsize=4)
+def compile_template(template):
+    """A chat template with the surroundings that transformers gives it, in a sandbox: it is a stranger's program."""
+    import jinja2.ext
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj, attribute):  # jinja2 would let `{{ x.__class__ }}` pass as an empty string
+            raise jinja2.exceptions.SecurityError(f"access to attribute {attribute!r} is unsafe")
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %} marks what to train on; here it is only its content."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):  # jinja2's escapes HTML
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation])
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
+    return env.from_string(template)
+
+
+def render(template, **variables):
+    """Fill in a chat template; ValueError in one line if it fails, or tries something that it should not."""
+    try:
+        return compile_template(template).render(variables)
+    except ImportError:
+        raise ValueError("this model's chat template needs jinja2: pip install jinja2") from None
+    except Exception as e:  # a template may fail in any way that Python can
+        what = "is refused" if type(e).__name__ == "SecurityError" else "fails"
+        raise ValueError(f"the chat template {what}: {' '.join(str(e).split()) or type(e).__name__}") from None
 
 
 def ask(problem):
@@ -205,7 +282,7 @@ def encode_samples(samples, tokenizer, max_tokens=2048):
 
     Longer ones than max_tokens are dropped, and their number is said on stderr; ValueError if none is left.
     """
-    pairs = [(tokenizer.encode(tokenizer.prompt(ask(p))), tokenizer.encode(p.response)) for p in samples]
+    pairs = [(tokenizer.prompt_ids(ask(p)), tokenizer.encode(p.response)) for p in samples]
     short = [pair for pair in pairs if sum(map(len, pair)) <= max_tokens]
     if len(short) < len(pairs):
         print(f"dropped {len(pairs) - len(short)} of {len(pairs)} samples of over {max_tokens} tokens", file=sys.stderr)

@@ -21,8 +21,8 @@ import sample
 
 
 # What a flag means where it is not given: the paper's settings (section 4), and what suits the embedded model.
-PAPER = {"samples": 20000, "rank": 256, "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16}
-EMBEDDED = {"samples": 4000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 3, "e2e_batch": 32}
+PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16}
+EMBEDDED = {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch": 32}
 CLOSED_BATCH = 64       # rows a pass of the closed form takes at once; the result does not depend on it
 EVALUATION_SEED = 1234  # of the held-out problems
 
@@ -153,33 +153,50 @@ def residual_left(model, pairs, size=64):
 
 
 @torch.no_grad()
-def fidelity(model, pairs, size=8):
+def respond_twice(model, batch):
+    """Final embeddings [B, R, D] of the R response columns by the full and by the sparse model, after one prefill."""
+    B, longest = len(batch.tokens), int(batch.prompt_lengths.max())
+    columns = torch.arange(int((batch.lengths - batch.prompt_lengths).max()), device=batch.tokens.device)
+    at = (batch.prompt_lengths[:, None] + columns).clamp_max(batch.tokens.shape[1] - 1)
+    cache = model.new_cache(B, longest + len(columns))
+    caprese.reset(model)
+    model.hidden(batch.tokens[:, :longest], cache, batch.generated[:, :longest])
+    cache.set_lengths(batch.prompt_lengths)
+    caprese.select(model)
+    full = model.hidden(batch.tokens.gather(1, at), cache)
+    cache.move(-len(columns))
+    return full, model.hidden(batch.tokens.gather(1, at), cache, generated=True)
+
+
+@torch.no_grad()
+def fidelity(model, pairs, size=4):
     """How close the sparse model's next-token distributions are to the full model's, on given responses.
 
-    Returns kl (mean KL(full || sparse) in nats), agreement (share of equal top-1 tokens), perplexity and
-    perplexity_full, over all positions that the sparse FF serves and that have a next token.
+    Returns kl (mean KL(full || sparse) in nats), agreement (share of equal top-1 tokens) and perplexity (of the
+    sparse model), over all positions that the sparse FF serves and that have a next token.
     """
-    sums, count = torch.zeros(4, dtype=torch.float64), 0
-    for batch in tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", disable=None,
-                      leave=False):
-        here = batch.response[:, :-1] & batch.response[:, 1:]
-        target = batch.tokens[:, 1:][here]
-        full = model.logits(model.hidden(batch.tokens)[:, :-1][here]).float().log_softmax(-1)  # [N, V]
-        sparse = model.logits(model.hidden(batch.tokens, generated=batch.generated)[:, :-1][here]).float().log_softmax(-1)
-        loss = [F.nll_loss(p, target, reduction="sum") for p in (full, sparse)]
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    bar = tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", disable=None, leave=False)
+    for batch in bar:
+        columns = torch.arange(int((batch.lengths - batch.prompt_lengths).max()), device=model.device)
+        here = columns < (batch.lengths - batch.prompt_lengths - 1)[:, None]  # [B, R]: has a next token
+        target = batch.tokens[batch.response & (batch.prompt_lengths[:, None] < torch.arange(batch.tokens.shape[1], device=model.device))]
+        full, sparse = (model.logits(h[here]).float().log_softmax(-1) for h in respond_twice(model, batch))  # [N, V]
         kl = F.kl_div(sparse, full, log_target=True, reduction="sum")
-        sums += torch.stack([kl, (full.argmax(-1) == sparse.argmax(-1)).sum(), *loss]).double().cpu()
+        same = (full.argmax(-1) == sparse.argmax(-1)).sum()
+        sums += torch.stack([kl, same, F.nll_loss(sparse, target, reduction="sum")]).double().cpu()
         count += len(target)
-    kl, agreement, full_loss, loss = (sums / count).tolist()
-    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(loss), "perplexity_full": math.exp(full_loss)}
+        bar.set_postfix(kl=f"{sums[0] / count:.3f}")
+    kl, agreement, loss = (sums / max(count, 1)).tolist()
+    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(loss)}
 
 
 def embedded_task(model, tokenizer, args):
     """Training pairs for the embedded model, and a function that measures it on held-out problems."""
     share = args.samples // 8  # some reading, so that the correction learns to leave it alone
     samples = data.problems("maths", args.samples - share, args.seed) + data.problems("reading", share, args.seed)
-    held_out = [data.problems(kind, n, EVALUATION_SEED, evaluation=True)
-                for kind, n in (("maths", args.eval_samples), ("reading", args.eval_samples // 2))]
+    held_out = [data.problems("maths", args.eval_samples, EVALUATION_SEED, evaluation=True),
+                data.problems("reading", max(1, args.eval_samples // 2), EVALUATION_SEED, evaluation=True, distinct=True)]
 
     def measure():
         (maths, tokens), (reading, _) = (sample.evaluate(model, tokenizer, p, max_new_tokens=128) for p in held_out)
@@ -240,7 +257,7 @@ def arguments():
     parser.add_argument("--eval-samples", type=int, default=500, help="evaluation samples at most (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
     parser.add_argument("--method", choices=caprese.METHODS, default="griffin")
-    parser.add_argument("--density", type=float, default=0.5, help="share of neurons kept, in (0, 1] (default: %(default)s)")
+    parser.add_argument("--density", type=float, help=f"share of neurons kept, in (0, 1] {default('density')}")
     parser.add_argument("--layers", default="paper", help="paper (griffin: the first half, others: all), all, or 0,1,2")
     parser.add_argument("--rank", type=int, help=f"r {default('rank')}")
     parser.add_argument("--layerwise", choices=("closed", "sgd", "none"), default="closed",

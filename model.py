@@ -9,7 +9,6 @@ The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config a
 import json
 import math
 import re
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -88,7 +87,7 @@ class Config:
             raise ValueError(f"model_type {model_type!r} is not implemented; these are: {', '.join(FAMILIES)}")
         for name in raw.get("architectures") or []:
             if name.lower() != f"{model_type}forcausallm":
-                raise ValueError(f"architecture {name!r} is not implemented; only {model_type}'s causal language model is")
+                raise ValueError(f"architecture {name!r} is not implemented; only the causal language model is")
         for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
             if raw.get(key):
                 raise ValueError(f"config.json sets {key}, which is not implemented; use a checkpoint without it")
@@ -144,14 +143,15 @@ def _windows(raw, model_type, layers):
     window = raw.get("sliding_window")
     if model_type == "llama" or (model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window")):
         window = None  # Qwen configs carry a number even where it is switched off
-    slides = {"mistral": lambda i: True, "gemma2": lambda i: i % 2 == 0}.get(
-        model_type, lambda i: i >= raw.get("max_window_layers", 28))
-    types = raw.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in range(layers)]
-    unknown = set(types) - {"sliding_attention", "full_attention"}
-    if unknown or len(types) != layers:
-        raise ValueError(f"layer_types has {len(types)} entries for {layers} layers"
-                         + (f" and unknown kinds {sorted(unknown)}" if unknown else ""))
-    return tuple(window if t == "sliding_attention" else None for t in types)
+    if types := raw.get("layer_types"):
+        if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers, of these kinds: "
+                             + ", ".join(sorted(set(types))) + "; full_attention and sliding_attention are implemented")
+        slides = [t == "sliding_attention" for t in types]
+    else:
+        rule = {"mistral": lambda i: True, "gemma2": lambda i: i % 2 == 0}
+        slides = map(rule.get(model_type, lambda i: i >= raw.get("max_window_layers", 28)), range(layers))
+    return tuple(window if s else None for s in slides)
 
 
 class RMSNorm(nn.Module):
@@ -171,7 +171,8 @@ def rope_frequencies(config):
 
     On the CPU, in the families' own order of operations: far into a context the last bit shows in the angles.
     """
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    d = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
     if config.rope_scaling:
         s = config.rope_scaling
         factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
@@ -461,49 +462,50 @@ def resolve(path_or_repo_id):
     raise OSError(f"{name} is {why}")
 
 
-@contextmanager
-def open_shard(file):
-    """A memory-mapped safetensors file; ValueError in one line if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(file, framework="pt") as shard:
-            yield shard
-    except SafetensorError as e:
-        raise ValueError(f"{file} is damaged or incomplete ({e}); fetch it again") from None
-
-
 def load_weights(folder, model, device, dtype):
     """The state dict of `model`, read from the safetensors files in `folder`: names and shapes must all match.
 
     Each tensor goes straight to its device and dtype. One that is on the CPU and has the dtype stays a private,
     copy-on-write view of the file. Raises ValueError or OSError naming the file and the tensor.
     """
-    source = folder / "model.safetensors"
-    files = [source]
-    if not source.exists() and (folder / "model.safetensors.index.json").exists():
-        source = folder / "model.safetensors.index.json"
-        files = sorted({folder / f for f in read_json(source).get("weight_map", {}).values()})
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    from safetensors import SafetensorError
+    source, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    files, hint = [source], "weights are read from safetensors files only"
+    if not source.exists() and index.exists():
+        source, hint = index, f"{index.name} names it"
+        files = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     state = {}
     for file in files:
         if not file.exists():
-            raise FileNotFoundError(f"{file} is missing" + (
-                "; weights are read from safetensors files only" if file == source else f", though {source.name} names it"))
-        with open_shard(file) as shard:
-            names = shard.keys()
-        for name in names:
-            if name not in expected:
-                if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                    continue  # a tied head and a table, which some converters store though they follow from the rest
-                raise ValueError(f"{file}: unexpected tensor {name}")
-            with open_shard(file) as shard:  # opened anew, for closing frees the pages: a cast never meets the whole file
-                part = shard.get_slice(name)
-                if part.get_shape() != expected[name]:
-                    raise ValueError(f"{file}: {name} has shape {part.get_shape()}, config.json asks for {expected[name]}")
-                if part.get_dtype() not in ("F32", "BF16", "F16"):
-                    raise ValueError(f"{file}: {name} holds {part.get_dtype()}; quantised weights are not implemented")
-                state[name] = shard.get_tensor(name).to(device).to(dtype)
-    missing = [name for name in expected if name not in state]
+            raise FileNotFoundError(f"{file} is missing; {hint}")
+        try:
+            state |= read_shard(file, shapes, device, dtype)
+        except SafetensorError as e:
+            raise ValueError(f"{file} is damaged or incomplete ({e}); fetch it again") from None
+    missing = [name for name in shapes if name not in state]
     if missing:
-        raise ValueError(f"{source}: no tensor {missing[0]}" + f" (and {len(missing) - 1} more)" * (len(missing) > 1))
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(f"{source} lacks the tensor {missing[0]}{more}")
+    return state
+
+
+def read_shard(file, shapes, device, dtype):
+    """{name: tensor} of one memory-mapped safetensors file; ValueError for a tensor that `shapes` does not expect."""
+    from safetensors import safe_open
+    with safe_open(file, framework="pt") as shard:
+        names = shard.keys()
+    state = {}
+    for name in names:
+        if name not in shapes:
+            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                continue  # a tied head and a table: some converters store them, though they follow from the rest
+            raise ValueError(f"{file}: unexpected tensor {name}")
+        with safe_open(file, framework="pt") as shard:  # anew, for closing frees its pages: no cast beside a whole file
+            part = shard.get_slice(name)
+            if part.get_shape() != shapes[name]:
+                raise ValueError(f"{file}: {name} has shape {part.get_shape()}, config.json asks for {shapes[name]}")
+            if part.get_dtype() not in ("F32", "BF16", "F16"):
+                raise ValueError(f"{file}: {name} holds {part.get_dtype()}; quantised weights are not implemented")
+            state[name] = shard.get_tensor(name).to(device).to(dtype)  # the smaller dtype crosses to the device
     return state

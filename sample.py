@@ -17,7 +17,8 @@ import data
 from model import Transformer, generated_mask, resolve
 
 EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-math"
-HARD_SEED = 1
+EMBEDDED_DENSITY = 0.6  # where GRIFFIN costs the embedded model its maths but not its reading; the paper's is 0.5
+HARD_SEED = 1           # of the problem that is answered without a prompt
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -95,7 +96,7 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect
 
 def respond(model, tokenizer, questions, max_new_tokens=512, batch=128, **kwargs):
     """Yield (index, response, token count) for many questions, decoded in batches of similar prompt lengths."""
-    prompts = [tokenizer.encode(tokenizer.prompt(q)) for q in questions]
+    prompts = [tokenizer.prompt_ids(q) for q in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for at in range(0, len(order), batch):
         rows = order[at:at + batch]
@@ -153,41 +154,64 @@ def run(main):
         sys.exit(130)
 
 
+def attach(model, method, density, adapter, default_density):
+    """Set the model up for one answer, with the adapter's method and density where none is asked for."""
+    caprese.detach(model)
+    if method or (density and not adapter):
+        caprese.attach(model, method or "griffin", density or default_density)
+    if adapter:
+        caprese.load_adapter(model, adapter, density)
+
+
+def describe(model):
+    """One line on what is attached."""
+    layers = caprese.sparse_layers(model)
+    if not layers:
+        return "full model"
+    ff = next(iter(layers.values()))
+    return f"{ff.method}, {ff.density:.0%} of the neurons in {len(layers)} of {len(model.layers)} layers" + (
+        f", L and R of rank {ff.rank}" if ff.rank else "")
+
+
 def answer(model, tokenizer, question, args, out):
     """Stream one answer to `out`; returns its text, tokens and tokens per second (first token excluded)."""
     from tokenizers.decoders import DecodeStream
-    prompt = torch.tensor([tokenizer.encode(tokenizer.prompt(question))], device=model.device)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
+    prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
     decoder, ids, times = DecodeStream(skip_special_tokens=True), [], []
     for token in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
-                        tokenizer.stop_ids, generator=generator):
+                        tokenizer.stop_ids, generator=seeded(model, args)):
         ids.append(token.item())
         times.append(time.perf_counter())
         print(decoder.step(tokenizer.tokenizer, ids[-1]) or "", end="", file=out, flush=True)
+    print(file=out)
     rate = (len(ids) - 1) / (times[-1] - times[0]) if len(ids) > 1 else 0.0
     return {"response": tokenizer.decode(ids), "tokens": len(ids), "tokens_per_second": round(rate, 1)}
 
 
 def answer_often(model, tokenizer, question, args, out):
-    """args.n samples of one prompt, decoded side by side on one selection."""
-    prompt = torch.tensor([tokenizer.encode(tokenizer.prompt(question))], device=model.device)
-    start = time.perf_counter()
+    """args.n samples of one prompt, decoded side by side on one selection; tokens per second of all together."""
+    prompt, start = torch.tensor([tokenizer.prompt_ids(question)], device=model.device), time.perf_counter()
     new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect, tokenizer.stop_ids,
-                   samples=args.n, generator=torch.Generator(model.device).manual_seed(args.seed))
-    seconds, rows = time.perf_counter() - start, []
+                   samples=args.n, generator=seeded(model, args))
+    seconds, samples = time.perf_counter() - start, []
     for i, ids in enumerate(new.tolist()):
         ids = data.until_stop(ids, tokenizer.stop_ids)
-        rows.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
-        print(f"[{i + 1}] {rows[-1]['response']}", file=out)
-    total = sum(r["tokens"] for r in rows)
-    return {"samples": rows, "tokens": total, "tokens_per_second": round(total / seconds, 1)}
+        samples.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
+        print(f"[{i + 1}] {samples[-1]['response']}", file=out)
+    tokens = sum(s["tokens"] for s in samples)
+    return {"samples": samples, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
 
 
-def main():
+def seeded(model, args):
+    return torch.Generator(model.device).manual_seed(args.seed)
+
+
+def arguments():
     parser = common_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
     parser.add_argument("prompt", nargs="?", help="default: a hard problem for the embedded model, answered three ways")
     parser.add_argument("--method", choices=caprese.METHODS, help="sparse method (default: the adapter's, else none)")
-    parser.add_argument("--density", type=float, help="share of neurons kept, in (0, 1] (default: the adapter's, else 0.5)")
+    parser.add_argument("--density", type=float, help="share of neurons kept, in (0, 1] (default: the adapter's, else "
+                        f"the paper's 0.5, for the embedded model {EMBEDDED_DENSITY})")
     parser.add_argument("--adapter", help="file written by distill.py")
     parser.add_argument("--reselect", type=int, help="rho: reselect every so many tokens (default: never)")
     parser.add_argument("-n", type=int, default=1, help="samples of the one prompt")
@@ -195,46 +219,39 @@ def main():
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     args = parser.parse_args()
-    out = sys.stderr if args.json else sys.stdout
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
     if args.prompt is None and args.model:
         raise ValueError("give a prompt: only the embedded model comes with a problem of its own")
+    return args
 
+
+def main():
+    args = arguments()
+    out = sys.stderr if args.json else sys.stdout
     model, tokenizer = load(args)
-    problem, question = None, args.prompt
-    if question is None:
-        problem = data.problems("maths", 1, seed=HARD_SEED, evaluation=True, steps=8)[0]
-        question = data.ask(problem)
-        print(f"One problem of 8 steps, held out from training, answered three ways on {args.device}.\n"
-              f"{question}\nThe right answer is {problem.answer}.", file=out)
+    if args.prompt is None:
+        problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
+        question, method = data.ask(problem), args.method or "griffin"
+        ways = {"full": (None, None, None), "sparse": (method, args.density, None),
+                "sparse + Caprese": (method, args.density, args.adapter or EMBEDDED / f"{method}.safetensors")}
+        print(f"A problem of 8 steps, held out from training, answered {len(ways)} ways on {args.device}; the answer is "
+              f"{problem.answer}.\n{question}", file=out)
     else:
-        print(f"Answering with {args.model or 'the embedded model'} on {args.device}, temperature {args.temperature}.", file=out)
-
-    def attach(adapter):
-        """Set up the model for one answer: the method of the flags, and the adapter's L and R if one is given."""
-        if args.method or not adapter:
-            caprese.attach(model, args.method or "griffin", args.density or 0.5)
-        if adapter:
-            caprese.load_adapter(model, adapter, density=args.density)
-
+        problem, question = None, args.prompt
+        ways = {"sparse" if args.method or args.density or args.adapter else "full": (args.method, args.density, args.adapter)}
+        print(f"Answering with {args.model or 'the embedded model'} on {args.device}: at most {args.max_new_tokens} tokens, "
+              f"temperature {args.temperature}.", file=out)
     rows = []
-    ways = ([("full", None), ("sparse", None), ("sparse + Caprese", args.adapter or EMBEDDED / "griffin.safetensors")]
-            if problem else [("sparse" if args.method or args.adapter else "full", args.adapter)])
-    for name, adapter in ways:
-        if name != "full":
-            attach(adapter)
-        ff = next(iter(caprese.sparse_layers(model).values()), None)
-        about = f": {ff.method}, {ff.density:.0%} of the neurons in {len(caprese.sparse_layers(model))} layers, rank {ff.rank}" if ff else ""
-        print(f"\n{name}{about}", file=out)
+    for name, way in ways.items():
+        attach(model, *way, default_density=0.5 if args.model else EMBEDDED_DENSITY)
+        print(f"\n{name}: {describe(model)}", file=out)
         row = {"method": name} | (answer if args.n == 1 else answer_often)(model, tokenizer, question, args, out)
-        verdict = ""
         if problem and args.n == 1:
             row["correct"] = data.correct(row["response"], problem.answer)
-            verdict = ", right" if row["correct"] else ", wrong"
-        print(f"\n[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
+        verdict = {True: ", right", False: ", wrong"}.get(row.get("correct"), "")
+        print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
         rows.append(row)
-        caprese.detach(model)
     if args.json:
         print(json.dumps({"prompt": question, "rows": rows}))
 

@@ -92,36 +92,18 @@ def batches(tokenizer, size, seed):
             yield tokens, (at >= torch.tensor([[len(p)] for p, _ in chunk])) & (at < lengths[:, None])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64, help="problems a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-
-    make_tokenizer(args.out)
-    tokenizer = data.Tokenizer(args.out)
-    model = Transformer(make_config(args.out, tokenizer.tokenizer.get_vocab_size()))
-    initialise(model)
-    model.to(args.device)
+def train(model, stream, steps, lr):
+    """Adjust all weights for `steps` batches: 100 steps of warm-up, level, then down to zero over the last 60%."""
     matrices = [p for p in model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     # Muon gets there in about half of AdamW's steps; adjusted so that one learning rate suits both.
-    optimizers = [torch.optim.Muon(matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: min(1, (i + 1) / 100, (args.steps - i) / (0.6 * args.steps)))
-                 for o in optimizers]
-    count = sum(p.numel() for p in model.parameters())
-    print(f"training {count:,} parameters on {args.device}: {args.steps} steps of {args.batch} problems")
-    stream, start = batches(tokenizer, args.batch, args.seed), time.time()
-    bar = tqdm(range(args.steps), mininterval=1)
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+    shape = lambda i: min(1, (i + 1) / 100, (steps - i) / (0.6 * steps))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in optimizers]
+    bar = tqdm(range(steps), mininterval=1)
     for step in bar:
-        tokens, mask = (t.to(args.device) for t in next(stream))
+        tokens, mask = (t.to(model.device) for t in next(stream))
         here = mask[:, 1:]  # position i predicts token i + 1
         loss = F.cross_entropy(model.logits(model.hidden(tokens[:, :-1])[here]), tokens[:, 1:][here])
         model.zero_grad()
@@ -131,9 +113,36 @@ def main():
             each.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def save(model, file):
+    """Weights in bfloat16, under a temporary name first."""
     state = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
-    save_file(state, str(args.out / "model.tmp"), metadata={"format": "pt"})
-    os.replace(args.out / "model.tmp", args.out / "model.safetensors")
+    save_file(state, f"{file}.tmp", metadata={"format": "pt"})
+    os.replace(f"{file}.tmp", file)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--batch", type=int, default=64, help="problems a step")
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    make_tokenizer(args.out)
+    tokenizer = data.Tokenizer(args.out)
+    model = Transformer(make_config(args.out, tokenizer.tokenizer.get_vocab_size()))
+    initialise(model)
+    model.to(args.device)
+    count = sum(p.numel() for p in model.parameters())
+    print(f"training {count:,} parameters on {args.device}: {args.steps} steps of {args.batch} problems")
+    start = time.time()
+    train(model, batches(tokenizer, args.batch, args.seed), args.steps, args.lr)
+    save(model, args.out / "model.safetensors")
     print(f"wrote {args.out} after {(time.time() - start) / 60:.1f} minutes")
 
 
