@@ -164,6 +164,8 @@ def respond_twice(model, batch):
     cache.set_lengths(batch.prompt_lengths)
     caprese.select(model)
     full = model.hidden(batch.tokens.gather(1, at), cache)
+    if not caprese.sparse_layers(model):
+        return full, full
     cache.move(-len(columns))
     return full, model.hidden(batch.tokens.gather(1, at), cache, generated=True)
 
