@@ -178,8 +178,8 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
         raise ValueError(f"unknown method {method!r}; these are: {', '.join(METHODS)}")
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, but it must lie in (0, 1]")
-    if rank < 0:
-        raise ValueError(f"rank is {rank}, but it cannot be negative")
+    if not 0 <= rank <= model.config.hidden_size:
+        raise ValueError(f"rank is {rank}, but it must lie in 0..{model.config.hidden_size}, the model's hidden_size")
     layers = range(total // 2 if method == "griffin" else total) if layers is None else layers
     if not all(0 <= i < total for i in layers):
         raise ValueError(f"layers {list(layers)} must lie in 0..{total - 1}")

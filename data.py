@@ -83,7 +83,8 @@ _SENTENCES = {
     "-": ["{who} loses {n}.", "{who} gives away {n} {thing}.", "{who} sells {n} of them.",
           "{other} has {n} fewer than {who}."],
     "*": ["{who} trades each of them for {n}.", "{other} has {n} times as many as {who}."],
-    "/": ["{who} splits them into {n} equal piles and keeps one.", "{other} and friends, {n} in all, share them equally."],
+    "/": ["{who} splits them into {n} equal piles and keeps one.",
+          "{other} and friends, {n} in all, share them equally."],
     "half": ["{who} gives away half."],
     "twice": ["{who} doubles them.", "{other} has double what {who} has."],
 }
@@ -276,6 +277,13 @@ class Batch:
         self.generated = at >= self.prompt_lengths[:, None]               # bool [B, T]: whatever follows the prompt
         self.response = self.generated & (at < self.lengths[:, None])     # bool [B, T]: the same without the padding
 
+    def responses(self):
+        """The responses alone, moved to column 0: tokens [B, R] int64, and bool [B, R], False on padding."""
+        counts = (self.lengths - self.prompt_lengths)[:, None]
+        columns = torch.arange(int(counts.max()), device=self.tokens.device)
+        at = (self.prompt_lengths[:, None] + columns).clamp_max(self.tokens.shape[1] - 1)
+        return self.tokens.gather(1, at), columns < counts
+
 
 def encode_samples(samples, tokenizer, max_tokens=2048):
     """Problems -> [(prompt ids, response ids)]; the response without a stop id, as that is never fed back.
@@ -309,8 +317,8 @@ def read_samples(file, count=None):
             try:
                 out.append(_sample(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{file}, line {number}: not a sample ({e}); it needs question and answer, problem and "
-                                 "solution, query and response, prompt and response, or messages") from None
+                raise ValueError(f"{file}, line {number}: not a sample ({e}); it needs question and answer, problem "
+                                 "and solution, query and response, prompt and response, or messages") from None
     if not out:
         raise ValueError(f"{file} holds no samples")
     return out

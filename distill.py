@@ -19,10 +19,10 @@ import caprese
 import data
 import sample
 
-
 # What a flag means where it is not given: the paper's settings (section 4), and what suits the embedded model.
 PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16}
-EMBEDDED = {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch": 32}
+EMBEDDED = {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
+            "e2e_batch": 32}
 CLOSED_BATCH = 64       # rows a pass of the closed form takes at once; the result does not depend on it
 EVALUATION_SEED = 1234  # of the held-out problems
 
@@ -93,12 +93,15 @@ def train(model, pairs, loss_and_backward, lr, epochs, batch, seed, desc):
     total = epochs * -(-len(pairs) // batch)
     optimizer = torch.optim.Adam(parameters, lr=lr)
     warm = max(1, round(0.02 * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min((i + 1) / warm, (total - i) / (total - warm + 1)))
+    shape = lambda i: min((i + 1) / warm, (total - i) / (total - warm + 1))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     bar = tqdm(total=total, desc=desc, disable=None)
     for epoch in range(epochs):
         for b in data.batches(pairs, batch, model.device, seed=seed + epoch):
             optimizer.zero_grad()
             loss = loss_and_backward(model, b)
+            if not math.isfinite(loss):
+                raise ValueError(f"the {desc} loss is {loss}; nothing was written, try a smaller learning rate")
             optimizer.step()
             schedule.step()
             bar.update()
@@ -154,20 +157,19 @@ def residual_left(model, pairs, size=64):
 
 @torch.no_grad()
 def respond_twice(model, batch):
-    """Final embeddings [B, R, D] of the R response columns by the full and by the sparse model, after one prefill."""
-    B, longest = len(batch.tokens), int(batch.prompt_lengths.max())
-    columns = torch.arange(int((batch.lengths - batch.prompt_lengths).max()), device=batch.tokens.device)
-    at = (batch.prompt_lengths[:, None] + columns).clamp_max(batch.tokens.shape[1] - 1)
-    cache = model.new_cache(B, longest + len(columns))
+    """Final embeddings [B, R, D] of the responses by the full and by the sparse model, after one shared prefill."""
+    responses, _ = batch.responses()
+    longest = int(batch.prompt_lengths.max())
+    cache = model.new_cache(len(responses), longest + responses.shape[1])
     caprese.reset(model)
     model.hidden(batch.tokens[:, :longest], cache, batch.generated[:, :longest])
     cache.set_lengths(batch.prompt_lengths)
     caprese.select(model)
-    full = model.hidden(batch.tokens.gather(1, at), cache)
+    full = model.hidden(responses, cache)
     if not caprese.sparse_layers(model):
         return full, full
-    cache.move(-len(columns))
-    return full, model.hidden(batch.tokens.gather(1, at), cache, generated=True)
+    cache.move(-responses.shape[1])
+    return full, model.hidden(responses, cache, generated=True)
 
 
 @torch.no_grad()
@@ -178,18 +180,18 @@ def fidelity(model, pairs, size=4):
     sparse model), over all positions that the sparse FF serves and that have a next token.
     """
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    bar = tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", disable=None, leave=False)
+    bar = tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", leave=False,
+               disable=None)
     for batch in bar:
-        columns = torch.arange(int((batch.lengths - batch.prompt_lengths).max()), device=model.device)
-        here = columns < (batch.lengths - batch.prompt_lengths - 1)[:, None]  # [B, R]: has a next token
-        target = batch.tokens[batch.response & (batch.prompt_lengths[:, None] < torch.arange(batch.tokens.shape[1], device=model.device))]
-        full, sparse = (model.logits(h[here]).float().log_softmax(-1) for h in respond_twice(model, batch))  # [N, V]
+        responses, real = batch.responses()
+        here, target = real[:, 1:], responses[:, 1:][real[:, 1:]]  # position i has a next token if i + 1 is real
+        full, sparse = (model.logits(h[:, :-1][here]).float().log_softmax(-1) for h in respond_twice(model, batch))
         kl = F.kl_div(sparse, full, log_target=True, reduction="sum")
         same = (full.argmax(-1) == sparse.argmax(-1)).sum()
         sums += torch.stack([kl, same, F.nll_loss(sparse, target, reduction="sum")]).double().cpu()
         count += len(target)
         bar.set_postfix(kl=f"{sums[0] / count:.3f}")
-    kl, agreement, loss = (sums / max(count, 1)).tolist()
+    kl, agreement, loss = (sums / count).tolist()
     return {"kl": kl, "agreement": agreement, "perplexity": math.exp(loss)}
 
 
@@ -198,7 +200,7 @@ def embedded_task(model, tokenizer, args):
     share = args.samples // 8  # some reading, so that the correction learns to leave it alone
     samples = data.problems("maths", args.samples - share, args.seed) + data.problems("reading", share, args.seed)
     held_out = [data.problems("maths", args.eval_samples, EVALUATION_SEED, evaluation=True),
-                data.problems("reading", max(1, args.eval_samples // 2), EVALUATION_SEED, evaluation=True, distinct=True)]
+                data.problems("reading", -(-args.eval_samples // 2), EVALUATION_SEED, evaluation=True, distinct=True)]
 
     def measure():
         (maths, tokens), (reading, _) = (sample.evaluate(model, tokenizer, p, max_new_tokens=128) for p in held_out)
@@ -213,7 +215,8 @@ def file_task(model, tokenizer, args):
     unseen = {Path(file).stem: read(file, args.eval_samples) for file in args.eval_data}
 
     def measure():
-        return {f"{name} {key}": value for name, pairs in unseen.items() for key, value in fidelity(model, pairs).items()}
+        return {f"{name} {key}": value for name, pairs in unseen.items()
+                for key, value in fidelity(model, pairs).items()}
 
     return read(args.data, args.samples), measure
 
@@ -256,7 +259,8 @@ def arguments():
     parser.add_argument("--eval-data", action="append", default=[], metavar="JSONL",
                         help="unseen samples to measure the KL to the full model on; may be repeated")
     parser.add_argument("--samples", type=int, help=f"training samples at most {default('samples')}")
-    parser.add_argument("--eval-samples", type=int, default=500, help="evaluation samples at most (default: %(default)s)")
+    parser.add_argument("--eval-samples", type=int, default=500,
+                        help="evaluation samples at most (default: %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
     parser.add_argument("--method", choices=caprese.METHODS, default="griffin")
     parser.add_argument("--density", type=float, help=f"share of neurons kept, in (0, 1] {default('density')}")
@@ -305,9 +309,9 @@ def main():
         fit()
         record(method, time.perf_counter() - start)
 
-    print(f"Distilling {args.method} at density {args.density}, rank {args.rank}, into {args.model or 'the embedded model'} "
-          f"on {args.device}:\n{len(pairs)} samples, layer-wise {args.layerwise}, then {args.e2e_epochs} epochs end-to-end.",
-          file=out)
+    print(f"Distilling {args.method} at density {args.density}, rank {args.rank}, "
+          f"into {args.model or 'the embedded model'} on {args.device}:\n"
+          f"{len(pairs)} samples, layer-wise {args.layerwise}, end-to-end epochs {args.e2e_epochs}.", file=out)
     record("full")
     attach()
     record(args.method)

@@ -151,6 +151,7 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
@@ -235,13 +236,14 @@ def main():
         question, method = data.ask(problem), args.method or "griffin"
         ways = {"full": (None, None, None), "sparse": (method, args.density, None),
                 "sparse + Caprese": (method, args.density, args.adapter or EMBEDDED / f"{method}.safetensors")}
-        print(f"A problem of 8 steps, held out from training, answered {len(ways)} ways on {args.device}; the answer is "
-              f"{problem.answer}.\n{question}", file=out)
+        print(f"A problem of 8 steps, held out from training, answered {len(ways)} ways on {args.device}; "
+              f"the answer is {problem.answer}.\n{question}", file=out)
     else:
         problem, question = None, args.prompt
-        ways = {"sparse" if args.method or args.density or args.adapter else "full": (args.method, args.density, args.adapter)}
-        print(f"Answering with {args.model or 'the embedded model'} on {args.device}: at most {args.max_new_tokens} tokens, "
-              f"temperature {args.temperature}.", file=out)
+        way = (args.method, args.density, args.adapter)
+        ways = {"sparse" if any(way) else "full": way}
+        print(f"Answering with {args.model or 'the embedded model'} on {args.device}: "
+              f"at most {args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
     rows = []
     for name, way in ways.items():
         attach(model, *way, default_density=0.5 if args.model else EMBEDDED_DENSITY)

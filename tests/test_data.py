@@ -49,7 +49,7 @@ def test_maths_answers_follow_from_the_story_and_the_chain():
 
 
 def test_reading_answers_stand_in_the_passage_and_need_no_arithmetic():
-    for p in data.problems("reading", 300, seed=7):
+    for p in data.problems("reading", 150, seed=7) + data.problems("reading", 150, seed=7, distinct=True):
         assert re.search(rf"\b{p.answer}\b", p.question) and not re.search(r"\d", p.question)
 
 
@@ -72,6 +72,11 @@ def test_pretraining_draws_no_held_out_problem():
         question = prompt.removeprefix(data.INSTRUCTION + " ")
         assert question.endswith("?") and not data.held_out(question)
         assert row[response][-1] == 0 and "####" in tokenizer.decode(row[response].tolist())
+
+
+def test_distinct_reading_has_one_fact_of_each_kind():
+    for p in data.problems("reading", 100, seed=7, evaluation=True, distinct=True):
+        assert all(p.question.count(verb) == 1 for verb in (" lives ", " likes ", " has a "))
 
 
 def test_problems_are_reproducible():
@@ -121,12 +126,20 @@ def test_read_samples_takes_the_common_field_names(tmp_path):
     assert len(data.read_samples(file, 2)) == 2
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"question": "q"}', '{"messages": [{"role": "user", "content": "q"}]}', "3"])
+@pytest.mark.parametrize("line", ["{", "[]", "{}", "3", '{"question": "q"}',
+                                  '{"messages": [{"role": "user", "content": "q"}]}'])
 def test_read_samples_names_the_bad_line(tmp_path, line):
     file = tmp_path / "a.jsonl"
     file.write_text('{"question": "q", "answer": "a"}\n' + line)
     with pytest.raises(ValueError, match="line 2"):
         data.read_samples(file)
+
+
+def test_responses_are_moved_to_the_first_column():
+    batch = next(data.batches([([1, 1, 1], [2, 3]), ([1], [4, 5, 6])], 2))
+    tokens, real = batch.responses()
+    assert sorted(row[mask].tolist() for row, mask in zip(tokens, real)) == [[2, 3], [4, 5, 6]]
+    assert real[:, 0].all()
 
 
 def test_too_long_samples_are_dropped_and_counted(capsys):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def pairs(count=40, seed=0):
     """Random (prompt ids, response ids) of differing lengths."""
     g = torch.Generator().manual_seed(seed)
-    ids = lambda low, high: torch.randint(0, 97, (int(torch.randint(low, high, (1,), generator=g)),), generator=g).tolist()
-    return [(ids(3, 9), ids(2, 12)) for _ in range(count)]
+    draw = lambda low, high, size: torch.randint(low, high, (size,), generator=g).tolist()
+    return [(draw(0, 97, draw(3, 9, 1)[0]), draw(0, 97, draw(2, 12, 1)[0])) for _ in range(count)]
 
 
 def regression(N=300, D=12, seed=0):
@@ -148,6 +148,12 @@ def test_fidelity_ignores_padding():
     model = caprese.attach(tiny.model(), "griffin", 0.4)
     one, many = (distill.fidelity(model, pairs(9), size) for size in (1, 9))
     assert one == pytest.approx(many, rel=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_training():
+    model = caprese.attach(tiny.model(), "griffin", 0.4, rank=6)
+    with pytest.raises(ValueError, match="learning rate"):
+        distill.train(model, pairs(), lambda model, batch: float("nan"), 1e-3, 1, 10, 0, "end-to-end")
 
 
 def test_recovered():

@@ -12,7 +12,8 @@ from distill import EVALUATION_SEED, recovered
 @pytest.fixture(scope="module")
 def rows():
     """(maths, reading) accuracy of the full, the sparse and the corrected model on the first held-out problems."""
-    model, tokenizer = sample.Transformer.from_pretrained(sample.EMBEDDED, dtype=torch.float32), data.Tokenizer(sample.EMBEDDED)
+    model = sample.Transformer.from_pretrained(sample.EMBEDDED, dtype=torch.float32)
+    tokenizer = data.Tokenizer(sample.EMBEDDED)
     sets = (data.problems("maths", 250, EVALUATION_SEED, evaluation=True),
             data.problems("reading", 250, EVALUATION_SEED, evaluation=True, distinct=True))
     measure = lambda: [sample.evaluate(model, tokenizer, s, max_new_tokens=128)[0] for s in sets]
