@@ -214,6 +214,15 @@ def select(model):
         ff.select()
 
 
+def repeat(model, times):
+    """Continue each row `times` times, as Cache.repeat does; a selection that all rows share stays as it is."""
+    for ff in sparse_layers(model).values():
+        for name in ("s", "mask", "tau"):
+            state = getattr(ff, name)
+            if state is not None and len(state) > 1:
+                setattr(ff, name, state.repeat_interleave(times, dim=0))
+
+
 def added_parameters(model):
     """Parameters in L and R as a fraction of the model's own (figure 6)."""
     added = sum(ff.L.numel() + ff.R.numel() for ff in sparse_layers(model).values())

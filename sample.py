@@ -34,7 +34,7 @@ def choose(logits, temperature=0.0, top_p=1.0, generator=None):
     return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(),
            prompt_lengths=None, samples=1, generator=None):
     """Yield the next tokens [B * samples] int64, one step at a time, until every row has met a stop id.
@@ -48,9 +48,11 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     B, S = tokens.shape
     if S >= limit:
         raise ValueError(f"the prompt has {S} tokens, but the model's context ends at {limit}; shorten it")
-    if temperature < 0 or not 0 < top_p <= 1 or samples < 1 or (reselect is not None and reselect < 1):
-        raise ValueError(f"need temperature >= 0, 0 < top_p <= 1, samples >= 1 and reselect >= 1, not "
-                         f"{temperature}, {top_p}, {samples}, {reselect}")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
+    if min(max_new_tokens, samples, 1 if reselect is None else reselect) < 1:
+        raise ValueError(f"max_new_tokens, samples and reselect must be at least 1, not {max_new_tokens}, {samples} "
+                         f"and {reselect}")
     max_new_tokens = min(max_new_tokens, limit - S)
     cache = model.new_cache(B, S + max_new_tokens)
     caprese.reset(model)
@@ -64,6 +66,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     caprese.select(model)
     if samples > 1:
         cache.repeat(samples)
+        caprese.repeat(model, samples)
         last = last.repeat_interleave(samples, dim=0)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
     done = torch.zeros(B * samples, dtype=torch.bool, device=tokens.device)

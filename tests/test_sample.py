@@ -60,6 +60,25 @@ def test_samples_of_one_prompt_share_its_selection():
     assert torch.equal(drawn, again)
 
 
+@pytest.mark.parametrize("reselect", [None, 3])
+@pytest.mark.parametrize("method", caprese.METHODS)
+def test_samples_of_several_prompts_keep_their_own_selection(method, reselect):
+    model, prompts, lengths = caprese.attach(tiny.model().double(), method, 0.4), tiny.tokens(2, 7), torch.tensor([7, 5])
+    once = sample.generate(model, prompts, 8, prompt_lengths=lengths, reselect=reselect)
+    twice = sample.generate(model, prompts, 8, prompt_lengths=lengths, reselect=reselect, samples=2)
+    assert torch.equal(twice, once.repeat_interleave(2, dim=0))
+
+
+def test_decoding_leaves_nothing_that_a_later_pass_cannot_change():
+    """The buffers that generate() allocates are filled again outside of it, and trained against."""
+    model, tokens = caprese.attach(tiny.model(), "griffin", 0.4, rank=4), tiny.tokens(1, 9)
+    sample.generate(model, tokens[:, :5], 4)
+    model.hidden(tokens, generated=False)
+    caprese.select(model)
+    model.hidden(tokens, generated=True)
+    model(tokens, [5]).sum().backward()
+
+
 def test_choose_follows_the_distribution_and_top_p():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(20000, -1)
     draw = lambda **kw: torch.bincount(sample.choose(logits, generator=torch.Generator().manual_seed(0), **kw),
@@ -72,10 +91,11 @@ def test_choose_follows_the_distribution_and_top_p():
     assert torch.allclose(draw(temperature=0.5), sharp / sharp.sum(), atol=0.011)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0.0}, {"reselect": 0}, {"samples": 0}])
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0.0}, {"reselect": 0}, {"samples": 0},
+                                 {"max_new_tokens": 0}])
 def test_generate_refuses(bad):
     with pytest.raises(ValueError):
-        sample.generate(tiny.model(), tiny.tokens(1, 5), 4, **bad)
+        sample.generate(tiny.model(), tiny.tokens(1, 5), **{"max_new_tokens": 4} | bad)
 
 
 def run(*args):
