@@ -20,8 +20,8 @@ from torch.nn import functional as F
 FAMILIES = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False, "o_bias": False},
-    "qwen2": {"qkv_bias": True, "o_bias": False},
-    "qwen3": {"head_dim": 128, "qk_norm": True},
+    "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
     "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True,
                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                "hidden_activation": "gelu_pytorch_tanh",
