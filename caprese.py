@@ -86,26 +86,31 @@ class SparseFF(nn.Module):
         generated tokens use the selection that its other tokens make."""
         if generated is True:
             return self.decode(x) if self.compact else self.sparse(x)
-        gate = self.act(self.gate_proj(x))
-        z = gate * self.up_proj(x)  # (1) [B, T, F]
+        gate, z = self.neurons(x)
         if generated is None:
             return self.down_proj(z)  # (2)
         if generated is False:
             self.observe(gate, z)
             return self.down_proj(z)
-        self.reset()
-        self.observe(gate, z, ~generated)
-        self.select(compact=False)
+        self.select_fresh(gate, z, generated)
         at = generated[..., None]
         return self.down_proj(torch.where(at, self.sparsify(gate, z), z)) + self.correction(x) * at
 
-    def residual(self, x, generated):
-        """FF(x) - FF_sparse(x), what equation (7) regresses: x [B, T, D] -> [B, T, D]."""
+    def neurons(self, x):
+        """act(x Wg) and Z = FF1(x) of equation (1), both [B, T, F]."""
         gate = self.act(self.gate_proj(x))
-        z = gate * self.up_proj(x)
+        return gate, gate * self.up_proj(x)  # (1)
+
+    def select_fresh(self, gate, z, generated):
+        """Forget what was; each row's selection from its tokens that are not generated [B, T]."""
         self.reset()
         self.observe(gate, z, ~generated)
         self.select(compact=False)
+
+    def residual(self, x, generated):
+        """FF(x) - FF_sparse(x), what equation (7) regresses: x [B, T, D] -> [B, T, D]."""
+        gate, z = self.neurons(x)
+        self.select_fresh(gate, z, generated)
         return self.down_proj(z - self.sparsify(gate, z))
 
     @torch.no_grad()
@@ -145,8 +150,7 @@ class SparseFF(nn.Module):
 
     def sparse(self, x):
         """FF_sparse(x) + x L R, the masked path: every neuron is computed, the dropped ones are zeroed."""
-        gate = self.act(self.gate_proj(x))
-        return self.down_proj(self.sparsify(gate, gate * self.up_proj(x))) + self.correction(x)
+        return self.down_proj(self.sparsify(*self.neurons(x))) + self.correction(x)
 
     def gather(self, top):
         """Copy neurons top [k] into [Wg_k], [W1_k | L], [W2_k ; R]; the buffers keep their addresses."""
