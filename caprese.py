@@ -1,4 +1,4 @@
-"""The paper, equation by equation: GRIFFIN, CATS, the low-rank correction, fusing and reselection.
+"""The paper, equation by equation: GRIFFIN, CATS, 4-bit, the low-rank correction, fusing and reselection.
 
 Letters in the shape comments: B rows, T tokens, D hidden_size, F intermediate_size, k kept neurons, r rank.
 
@@ -6,18 +6,21 @@ Letters in the shape comments: B rows, T tokens, D hidden_size, F intermediate_s
     reset(model) -> prefill -> select(model) -> decode    what sample.py does with it
 
 To change the method, change one of: statistic (what makes a neuron worth keeping), SparseFF.sparsify (what is
-dropped), SparseFF.correction (what is put back).
+dropped), SparseFF.correct (what is put back).
 """
 
 import hashlib
 import json
+import math
 import os
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-METHODS = ("griffin", "cats", "topk")
+METHODS = ("griffin", "cats", "topk", "int4")
+CORRECTIONS = ("linear", "gated", "lora")
+GROUP = 64  # weights that share a scale and an offset in 4 bits
 
 
 def statistic(z, prompt=None):
@@ -55,23 +58,46 @@ def _order_statistic(bits, k):
     return (upper << 16 | lower).int().view(torch.float32)
 
 
-class SparseFF(nn.Module):
-    """Stands in for one FeedForward: full for prompt tokens, sparse plus x L R for generated ones.
+def quantise(weight, group=GROUP):
+    """Round a weight [out, in] to 4 bits, in groups along `in` with a scale and an offset each (appendix D).
 
-    The base weights are the FF's own Linears by reference, frozen, under their official names. The state of the
-    sequences at hand is s [B, F] (griffin) or tau [B] (cats); reset() forgets it.
+    Returns the rounded values in the weight's own shape and dtype: a simulation of the quality, not of the speed.
+    """
+    w = weight.detach().float().unflatten(1, (-1, math.gcd(group, weight.shape[1])))  # [out, groups, group]
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    scale = (high - low).clamp_min(1e-12) / 15
+    return (((w - low) / scale).round() * scale + low).flatten(1).to(weight.dtype)
+
+
+class SparseFF(nn.Module):
+    """Stands in for one FeedForward: full for prompt tokens, sparse plus a correction for generated ones.
+
+    The base weights are the FF's own Linears by reference, frozen, under their official names; the module's own
+    parameters are the correction, kept in float32. The state of the sequences at hand is s [B, F] (griffin) or
+    tau [B] (cats); reset() forgets it.
     """
 
-    def __init__(self, ff, method, density, rank):
+    def __init__(self, ff, method, density, rank, correction="linear"):
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj, self.act = ff.gate_proj, ff.up_proj, ff.down_proj, ff.act
         self.replaced = [ff]  # in a list, so that its weights are not registered a second time
-        self.method, self.density, self.rank = method, density, rank
+        self.method, self.density, self.rank, self.correction = method, density, rank, correction
         F_, D = self.gate_proj.weight.shape
         self.kept = max(1, round(density * F_))  # k
-        device = self.gate_proj.weight.device
-        self.L = nn.Parameter(torch.randn(D, rank, device=device) * D ** -0.5)
-        self.R = nn.Parameter(torch.zeros(rank, D, device=device))  # zero: training starts from the sparse method
+        down = lambda *shape: nn.Parameter(torch.randn(shape, device=self.gate_proj.weight.device) * shape[0] ** -0.5)
+        up = lambda *shape: nn.Parameter(torch.zeros(shape, device=self.gate_proj.weight.device))
+        # The second factor is zero: training starts from the sparse method exactly.
+        if correction == "lora":
+            q = max(1, round(2 * D * rank / (3 * (D + F_)))) if rank else 0  # as many parameters as L and R
+            self.gate_A, self.gate_B = down(D, q), up(q, F_)
+            self.up_A, self.up_B = down(D, q), up(q, F_)
+            self.down_A, self.down_B = down(F_, q), up(q, D)
+        else:
+            self.L, self.R = down(D, rank), up(rank, D)
+            if correction == "gated":
+                self.G = down(D, rank)
+        if method == "int4":
+            self.quantised = [quantise(p.weight) for p in (ff.gate_proj, ff.up_proj, ff.down_proj)]
         self.buffers_at = None
         self.reset()
 
@@ -80,21 +106,24 @@ class SparseFF(nn.Module):
         self.s = self.tau = self.mask = None
         self.compact = False
 
+    def learned(self):
+        """{name: parameter} of the correction."""
+        return dict(self.named_parameters(recurse=False))
+
     def forward(self, x, generated=None):
         """x [B, T, D] -> [B, T, D]. generated: None or False, all tokens full (False: and they are counted for the
         selection); True, all sparse, by the last select(); bool [B, T], a fresh batch in which each row's
         generated tokens use the selection that its other tokens make."""
         if generated is True:
-            return self.decode(x) if self.compact else self.sparse(x)
+            return self.decode(x) if self.compact else self.sparse(x, *self.neurons(x))
         gate, z = self.neurons(x)
-        if generated is None:
-            return self.down_proj(z)  # (2)
         if generated is False:
             self.observe(gate, z)
-            return self.down_proj(z)
+        full = self.down_proj(z)  # (2)
+        if generated is None or generated is False:
+            return full
         self.select_fresh(gate, z, generated)
-        at = generated[..., None]
-        return self.down_proj(torch.where(at, self.sparsify(gate, z), z)) + self.correction(x) * at
+        return torch.where(generated[..., None], self.sparse(x, gate, z), full)
 
     def neurons(self, x):
         """act(x Wg) and Z = FF1(x) of equation (1), both [B, T, F]."""
@@ -111,7 +140,7 @@ class SparseFF(nn.Module):
         """FF(x) - FF_sparse(x), what equation (7) regresses: x [B, T, D] -> [B, T, D]."""
         gate, z = self.neurons(x)
         self.select_fresh(gate, z, generated)
-        return self.down_proj(z - self.sparsify(gate, z))
+        return self.down_proj(z) - self.bare(x, gate, z)
 
     @torch.no_grad()
     def observe(self, gate, z, prompt=None):
@@ -129,7 +158,7 @@ class SparseFF(nn.Module):
         if self.method != "griffin":
             return
         top = self.s.topk(self.kept, dim=-1).indices  # [B, k]
-        self.compact = compact and len(top) == 1
+        self.compact = compact and len(top) == 1 and self.correction != "lora"
         if self.compact:
             self.gather(top[0])
         else:
@@ -141,45 +170,75 @@ class SparseFF(nn.Module):
             return z * self.mask[:, None]                                           # (3)(4)
         if self.method == "cats":
             return z * (gate.abs() >= self.tau.to(gate.dtype)[:, None, None])       # (5)(6)
+        if self.method == "int4":
+            return z
         top = z.detach().abs().topk(self.kept, dim=-1).indices                      # oracle, figure 2
         return torch.zeros_like(z).scatter(-1, top, z.gather(-1, top))
 
-    def correction(self, x):
-        """x L R of equation (7): [B, T, D] -> [B, T, D]."""
-        return x @ self.L.to(x.dtype) @ self.R.to(x.dtype)
+    def bare(self, x, gate, z):
+        """FF_sparse(x), the masked path: every neuron is computed, the dropped ones are zeroed."""
+        if self.method == "int4":
+            gate_proj, up_proj, down_proj = self.quantised
+            return F.linear(self.act(F.linear(x, gate_proj)) * F.linear(x, up_proj), down_proj)  # appendix D
+        return self.down_proj(self.sparsify(gate, z))
 
-    def sparse(self, x):
-        """FF_sparse(x) + x L R, the masked path: every neuron is computed, the dropped ones are zeroed."""
-        return self.down_proj(self.sparsify(*self.neurons(x))) + self.correction(x)
+    def correct(self, x):
+        """What is put back: [B, T, D] -> [B, T, D], x L R as in equation (7) or an alternative to it."""
+        if self.correction == "lora":
+            return self.lora(x) - self.bare(x, *self.neurons(x))
+        h = x @ self.L.to(x.dtype)
+        if self.correction == "gated":  # r more neurons, with no special gate: ours, not the paper's
+            h = h * self.act(x @ self.G.to(x.dtype))
+        return h @ self.R.to(x.dtype)
+
+    def lora(self, x):
+        """The sparse FF with W + A B for each of its matrices: appendix C, the baseline that does not fuse."""
+        low_rank = lambda x, A, B: x @ A.to(x.dtype) @ B.to(x.dtype)
+        gate = self.act(self.gate_proj(x) + low_rank(x, self.gate_A, self.gate_B))
+        z = self.sparsify(gate, gate * (self.up_proj(x) + low_rank(x, self.up_A, self.up_B)))
+        return self.down_proj(z) + low_rank(z, self.down_A, self.down_B)
+
+    def sparse(self, x, gate, z):
+        """FF_sparse(x) plus the correction, the masked path."""
+        return self.bare(x, gate, z) + self.correct(x)
 
     def gather(self, top):
-        """Copy neurons top [k] into [Wg_k], [W1_k | L], [W2_k ; R]; the buffers keep their addresses."""
-        k, r, D = self.kept, self.rank, self.L.shape[0]
-        if self.buffers_at != (self.gate_proj.weight.device, self.gate_proj.weight.dtype):
+        """Copy neurons top [k] into [Wg_k], [W1_k | L], [W2_k ; R]; the buffers keep their addresses.
+
+        A gated correction is r neurons more: its G stands below Wg_k.
+        """
+        k, (D, r), gates = self.kept, self.L.shape, self.kept + self.rank * (self.correction == "gated")
+        if self.buffers_at != (self.gate_proj.weight.device, self.gate_proj.weight.dtype, r):
             new = self.gate_proj.weight.new_empty
-            self.gate_k, self.up_k, self.down_k = new(k, D), new(k + r, D), new(D, k + r)
-            self.buffers_at = (self.gate_proj.weight.device, self.gate_proj.weight.dtype)
+            self.gate_k, self.up_k, self.down_k = new(gates, D), new(k + r, D), new(D, k + r)
+            self.buffers_at = (self.gate_proj.weight.device, self.gate_proj.weight.dtype, r)
         with torch.no_grad():
-            self.gate_k.copy_(self.gate_proj.weight[top])
+            self.gate_k[:k] = self.gate_proj.weight[top]
+            if self.correction == "gated":
+                self.gate_k[k:] = self.G.T
             self.up_k[:k], self.up_k[k:] = self.up_proj.weight[top], self.L.T
             self.down_k[:, :k], self.down_k[:, k:] = self.down_proj.weight[:, top], self.R.T
 
     def decode(self, x):
         """The compact path, fused: x [B, T, D] -> [B, T, D] by three small dense products."""
         z = F.linear(x, self.up_k)                                   # x [W1_k, L]                     (9)
-        z[..., :self.kept] *= self.act(F.linear(x, self.gate_k))     # times [act(x Wg_k), 1_r]        (9)
+        z[..., :len(self.gate_k)] *= self.act(F.linear(x, self.gate_k))  # times [act(x Wg_k), 1_r]    (9)
         return F.linear(z, self.down_k)                              # z+ [W2_k ; R]                  (10)
 
 
-def attach(model, method="griffin", density=0.5, layers=None, rank=0):
+def attach(model, method="griffin", density=0.5, layers=None, rank=0, correction="linear"):
     """Replace the FF blocks of `layers` by SparseFF; attaching again starts afresh. Returns model.
 
-    layers None is the paper's choice: the first half for griffin, all for the others (section 4).
-    rank 0 is the bare method. Raises ValueError on an unknown method, density outside (0, 1], or a bad layer.
+    layers None is the paper's choice: the first half for griffin, all for the others (section 4). rank 0 is the bare
+    method. correction: "linear" is the paper's x L R, "gated" r more neurons, "lora" the paper's baseline with as many
+    parameters as x L R. int4 has no density. Raises ValueError on an unknown name, density outside (0, 1], a bad layer.
     """
     total = len(model.layers)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; these are: {', '.join(METHODS)}")
+    for what, value, known in (("method", method, METHODS), ("correction", correction, CORRECTIONS)):
+        if value not in known:
+            raise ValueError(f"unknown {what} {value!r}; these are: {', '.join(known)}")
+    if method == "int4" and correction == "lora":
+        raise ValueError("lora is the baseline of the sparse methods; it is not implemented on top of int4")
     if not 0 < density <= 1:
         raise ValueError(f"density is {density}, but it must lie in (0, 1]")
     if not 0 <= rank <= model.config.hidden_size:
@@ -189,7 +248,7 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
         raise ValueError(f"layers {list(layers)} must lie in 0..{total - 1}")
     detach(model)
     for i in layers:
-        model.layers[i].mlp = SparseFF(model.layers[i].mlp, method, density, rank)
+        model.layers[i].mlp = SparseFF(model.layers[i].mlp, method, density, rank, correction)
     return model
 
 
@@ -228,8 +287,8 @@ def repeat(model, times):
 
 
 def added_parameters(model):
-    """Parameters in L and R as a fraction of the model's own (figure 6)."""
-    added = sum(ff.L.numel() + ff.R.numel() for ff in sparse_layers(model).values())
+    """Parameters of the correction as a fraction of the model's own (figure 6)."""
+    added = sum(p.numel() for ff in sparse_layers(model).values() for p in ff.learned().values())
     return added / (sum(p.numel() for p in model.parameters()) - added)
 
 
@@ -243,21 +302,22 @@ def fingerprint(model):
 
 
 def save_adapter(model, file):
-    """Write L and R with what they belong to (safetensors, metadata beside them); ValueError if none is attached."""
+    """Write the correction with what it belongs to (safetensors, metadata beside them); ValueError if none is attached."""
     from safetensors.torch import save_file
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("no sparse method is attached, so there is no adapter to save")
     first = next(iter(layers.values()))
-    about = {"method": first.method, "density": first.density, "layers": list(layers), "model": fingerprint(model)}
-    tensors = {f"model.layers.{i}.mlp.{name}": getattr(ff, name).detach().to("cpu", torch.float32).contiguous()
-               for i, ff in layers.items() for name in ("L", "R")}
+    about = {"method": first.method, "density": first.density, "correction": first.correction,
+             "layers": list(layers), "model": fingerprint(model)}
+    tensors = {f"model.layers.{i}.mlp.{name}": p.detach().to("cpu", torch.float32).contiguous()
+               for i, ff in layers.items() for name, p in ff.learned().items()}
     save_file(tensors, f"{file}.tmp", metadata={"format": "pt", "caprese": json.dumps(about)})
     os.replace(f"{file}.tmp", file)
 
 
 def load_adapter(model, file, density=None):
-    """Attach the method that an adapter was made for, with its L and R. Returns model.
+    """Attach the method that an adapter was made for, with its correction. Returns model.
 
     density None is the one it was trained at. A method attached before must be the adapter's, on the same layers.
     Raises FileNotFoundError, or ValueError for a file of another kind, model or method.
@@ -281,9 +341,9 @@ def load_adapter(model, file, density=None):
         if (first.method, list(attached)) != (about["method"], about["layers"]):
             raise ValueError(f"{file} is for {about['method']} on layers {about['layers']}, "
                              f"not for {first.method} on layers {list(attached)}")
-    attach(model, about["method"], density or about["density"], about["layers"])
+    attach(model, about["method"], density or about["density"], about["layers"], 0, about.get("correction", "linear"))
     for i, ff in sparse_layers(model).items():
-        for name in ("L", "R"):
+        for name in ff.learned():
             setattr(ff, name, nn.Parameter(tensors[f"model.layers.{i}.mlp.{name}"].to(model.device)))
-        ff.rank = ff.L.shape[1]
+        ff.rank = next(iter(ff.learned().values())).shape[1]  # it may differ from layer to layer
     return model

@@ -116,7 +116,7 @@ def layerwise_loss(model, batch):
     def visit(ff, x, e):
         nonlocal total
         with torch.enable_grad():
-            loss = (e - ff.correction(x)).square().sum(-1).mean()  # (7)
+            loss = (e - ff.correct(x)).square().sum(-1).mean()  # (7)
             loss.backward()
         total += loss.item()
 
@@ -147,7 +147,7 @@ def residual_left(model, pairs, size=64):
     sums = {}
 
     def visit(ff, x, e):
-        new = torch.stack([(e - ff.correction(x)).square().sum(), e.square().sum()]).double()
+        new = torch.stack([(e - ff.correct(x)).square().sum(), e.square().sum()]).double()
         sums[ff] = sums.get(ff, 0) + new
 
     for batch in data.batches(pairs, size, model.device):

@@ -12,6 +12,10 @@ from sample import generate
 # logits of size 1 to 10. A wrong neuron, row or layer shows at 1e-2 and more.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 METHODS = caprese.METHODS
+SPARSE = [m for m in METHODS if m != "int4"]  # what has a density
+# rank 0 is the bare method; lora does not stand on int4, and the oracle's top-k of changed neurons is another oracle
+CORRECTED = [(m, c, r) for m in METHODS for c, r in (("linear", 0), ("linear", 6), ("gated", 6), ("lora", 6))
+             if (m, c) != ("int4", "lora")]
 
 
 def decode_logits(model, prompt, tokens):
@@ -23,7 +27,7 @@ def decode_logits(model, prompt, tokens):
     return torch.stack([model.logits(model.hidden(t[:, None], cache, generated=True))[:, 0] for t in tokens.T], dim=1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SPARSE)
 def test_density_one_is_the_full_model(method):
     model, tokens = tiny.model(), tiny.tokens(2, 12)
     full = model(tokens)
@@ -44,35 +48,34 @@ def test_sparse_differs_from_full_only_after_the_prompt(method):
     assert_close(model(tokens), full, **CLOSE)  # prompt_lengths None: everything is full
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_zero_R_is_the_bare_method(method):
+@pytest.mark.parametrize("method, correction, rank", CORRECTED)
+def test_a_fresh_correction_is_the_bare_method(method, correction, rank):
     model, tokens = tiny.model(), tiny.tokens(2, 12)
     bare = caprese.attach(model, method, density=0.4)(tokens, [5, 7])
-    assert_close(caprese.attach(model, method, density=0.4, rank=6)(tokens, [5, 7]), bare, **CLOSE)
+    caprese.attach(model, method, 0.4, rank=rank or 1, correction=correction)
+    assert_close(model(tokens, [5, 7]), bare, **CLOSE)
     assert (tiny.fill(model)(tokens, [5, 7]) - bare).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("rank", [0, 6])
-@pytest.mark.parametrize("method", METHODS)
-def test_teacher_forced_equals_decoding(method, rank):
+@pytest.mark.parametrize("method, correction, rank", CORRECTED)
+def test_teacher_forced_equals_decoding(method, correction, rank):
     """For griffin this is masked = compact: one row decodes on the gathered buffers."""
     model, tokens = tiny.model(), tiny.tokens(1, 14)
-    tiny.fill(caprese.attach(model, method, density=0.4, rank=rank))
+    tiny.fill(caprese.attach(model, method, density=0.4, rank=rank, correction=correction))
     masked = model(tokens, [6])[:, 6:]
     assert_close(decode_logits(model, tokens[:, :6], tokens[:, 6:]), masked, **CLOSE)
     ff = next(iter(caprese.sparse_layers(model).values()))
-    assert ff.compact == (method == "griffin")
+    assert ff.compact == (method == "griffin" and correction != "lora")
 
 
 @pytest.mark.parametrize("reselect", [None, 1, 3])
-@pytest.mark.parametrize("rank", [0, 6])
-@pytest.mark.parametrize("method", METHODS)
-def test_a_batch_decodes_each_row_as_alone(method, rank, reselect):
+@pytest.mark.parametrize("method, correction, rank", CORRECTED)
+def test_a_batch_decodes_each_row_as_alone(method, correction, rank, reselect):
     """Rows keep their own selection (masked path), and equal the compact path, before and after reselections.
 
     In float64, where another order of summation does not carry a gate across CATS' threshold."""
     model, tokens, lengths = tiny.model().double(), tiny.tokens(3, 9), torch.tensor([6, 9, 4])
-    tiny.fill(caprese.attach(model, method, density=0.3, rank=rank))
+    tiny.fill(caprese.attach(model, method, density=0.3, rank=rank, correction=correction).double())
     together = generate(model, tokens, 14, reselect=reselect, prompt_lengths=lengths)
     for row, length in enumerate(lengths):
         alone = generate(model, tokens[row:row + 1, :length], 14, reselect=reselect)
@@ -89,16 +92,49 @@ def test_the_selection_is_per_row():
         assert_close(together[row:row + 1], model(tokens[row:row + 1], [length]), **CLOSE)
 
 
-def test_fused_equals_unfused():
-    """Equations (9)(10) against FF_sparse(x) + x L R."""
+@pytest.mark.parametrize("correction", ["linear", "gated"])
+def test_fused_equals_unfused(correction):
+    """Equations (9)(10) against FF_sparse(x) + x L R; r gated neurons are k + r neurons of one kind."""
     model, x = tiny.model(), torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
-    ff = caprese.sparse_layers(tiny.fill(caprese.attach(model, "griffin", density=0.4, rank=6)))[0]
+    ff = caprese.sparse_layers(tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6, correction=correction)))[0]
     ff(x[:1], generated=False)
     ff.select()
     assert ff.up_k.shape == (ff.kept + 6, 32) and ff.down_k.shape == (32, ff.kept + 6)
     fused = ff(x, generated=True)
     ff.select(compact=False)
-    assert_close(fused, ff.sparse(x), **CLOSE)
+    gate, z = ff.neurons(x)
+    more = x @ ff.L * (1 if correction == "linear" else torch.nn.functional.silu(x @ ff.G)) @ ff.R
+    assert_close(fused, ff.down_proj(ff.sparsify(gate, z)) + more, **CLOSE)
+
+
+def test_lora_is_w_plus_a_b():
+    """Appendix C: the same as attaching the method to a model whose matrices are W + A B (the statistic aside)."""
+    model, x = tiny.model(), torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    ff = caprese.sparse_layers(tiny.fill(caprese.attach(model, "cats", 0.4, rank=6, correction="lora")))[0]
+    ff(x, generated=False)
+    ff.select()
+    ours, linear = ff(x, generated=True), ff.correct(x) + ff.bare(x, *ff.neurons(x))
+    for name in ("gate", "up", "down"):
+        getattr(ff, f"{name}_proj").weight.data += (getattr(ff, f"{name}_A") @ getattr(ff, f"{name}_B")).T.detach()
+    assert_close(ours, ff.bare(x, *ff.neurons(x)), **CLOSE)
+    assert_close(ours, linear, **CLOSE)
+    counts = [sum(p.numel() for p in ff.learned().values()), 2 * 32 * 6]
+    assert abs(counts[0] - counts[1]) <= 3 * (32 + 80) / 2  # equal, as nearly as a whole rank allows
+
+
+def test_four_bits():
+    """16 levels a group, the extremes exact, no weight off by more than half a step; the correction gets their error."""
+    w = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    q = caprese.quantise(w, group=32)
+    for ours, theirs in zip(q.view(5, 4, 32).flatten(0, 1), w.view(5, 4, 32).flatten(0, 1)):
+        step = (theirs.max() - theirs.min()) / 15
+        assert len(ours.unique()) <= 16 and (ours - theirs).abs().max() <= step / 2 * 1.0001
+        assert_close(ours.aminmax(), theirs.aminmax())
+    model, tokens = tiny.model(), tiny.tokens(2, 12)
+    full = model(tokens)
+    off = (caprese.attach(model, "int4", rank=6)(tokens, [5, 7]) - full)[:, 7:].abs().mean()
+    assert list(caprese.sparse_layers(model)) == [0, 1, 2, 3]  # all layers
+    assert 0.01 < off < (caprese.attach(model, "griffin", 0.5, range(4))(tokens, [5, 7]) - full)[:, 7:].abs().mean()
 
 
 def test_buffers_keep_their_addresses():
@@ -197,13 +233,14 @@ def test_oracle_topk_keeps_the_largest():
     assert (z - kept).abs().amax(-1).le(z.abs().sort(-1, descending=True).values[..., 19]).all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_reach_only_L_and_R(method):
+@pytest.mark.parametrize("method, correction, rank", [c for c in CORRECTED if c[2]])
+def test_gradients_reach_only_the_correction(method, correction, rank):
     model, tokens = tiny.model(), tiny.tokens(2, 12)
-    tiny.fill(caprese.attach(model, method, density=0.4, rank=6))
+    tiny.fill(caprese.attach(model, method, density=0.4, rank=rank, correction=correction))
     model(tokens, [5, 7]).square().mean().backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert with_gradient == {f"model.layers.{i}.mlp.{n}" for i in caprese.sparse_layers(model) for n in "LR"}
+    names = {"linear": "L R", "gated": "G L R", "lora": "gate_A gate_B up_A up_B down_A down_B"}[correction].split()
+    assert with_gradient == {f"model.layers.{i}.mlp.{n}" for i in caprese.sparse_layers(model) for n in names}
     assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.grad is not None)
 
 
@@ -221,7 +258,7 @@ def test_attach_chooses_the_papers_layers_and_is_idempotent():
 
 
 @pytest.mark.parametrize("bad", [{"method": "magic"}, {"density": 0.0}, {"density": 1.5}, {"layers": [4]}, {"rank": -1},
-                                 {"rank": 33}])
+                                 {"rank": 33}, {"correction": "magic"}, {"method": "int4", "correction": "lora"}])
 def test_attach_refuses(bad):
     model = tiny.model()
     with pytest.raises(ValueError):
@@ -229,16 +266,18 @@ def test_attach_refuses(bad):
     assert not caprese.sparse_layers(model)
 
 
-def test_adapter_round_trip(tmp_path):
+@pytest.mark.parametrize("correction", caprese.CORRECTIONS)
+def test_adapter_round_trip(tmp_path, correction):
     model, tokens, file = tiny.model(), tiny.tokens(2, 12), tmp_path / "a.safetensors"
-    tiny.fill(caprese.attach(model, "griffin", 0.4, [0, 2], rank=6))
+    tiny.fill(caprese.attach(model, "griffin", 0.4, [0, 2], rank=6, correction=correction))
     expected = model(tokens, [5, 7])
     caprese.save_adapter(model, file)
     again = caprese.load_adapter(tiny.model(), file)
     assert torch.equal(again(tokens, [5, 7]), expected)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
     base = sum(p.numel() for p in tiny.model().parameters())
-    assert caprese.added_parameters(again) == pytest.approx(4 * 6 * 32 / base)
+    if correction == "linear":
+        assert caprese.added_parameters(again) == pytest.approx(4 * 6 * 32 / base)
 
 
 def test_adapter_refusals(tmp_path):

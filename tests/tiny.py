@@ -20,11 +20,11 @@ def model(seed=0, **changes):
 
 
 def fill(model, seed=1):
-    """Give the attached L and R random values of a size that matters."""
+    """Give the attached correction random values of a size that matters."""
     generator = torch.Generator().manual_seed(seed)
     for ff in sparse_layers(model).values():
-        ff.L.data.normal_(0, 0.2, generator=generator)
-        ff.R.data.normal_(0, 0.2, generator=generator)
+        for p in ff.learned().values():
+            p.data.normal_(0, 0.2, generator=generator)
     return model
 
 
