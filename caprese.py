@@ -277,9 +277,9 @@ class SparseFF(nn.Module):
 
 
 def dot_rows(weight, rows, x):
-    """weight[rows] @ x: weight [N, D], rows [n] ascending, x [1, D] -> [n]. On the CPU, without a copy of the rows."""
-    if weight.dtype not in (torch.float32, torch.float64):  # not implemented; copies that fit into the cache are next best
-        return torch.cat([F.linear(x, weight[some]).flatten() for some in rows.split(256)])
+    """weight[rows] @ x: weight [N, D], rows [n] ascending, x [1, D] -> [n]. Reads those rows only, where torch can."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        return F.linear(x, weight).flatten()[rows]  # the dense product is faster than one on copies of the rows
     with warnings.catch_warnings():  # torch calls sparse tensors a beta
         warnings.simplefilter("ignore")
         want = torch.sparse_csr_tensor(torch.tensor([0, len(rows)]), rows, x.new_zeros(len(rows)), (1, len(weight)),
