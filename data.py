@@ -299,29 +299,64 @@ def encode_samples(samples, tokenizer, max_tokens=2048):
     return short
 
 
-# Field names of the common sets: (question, response); the first pair that a line has is taken.
-FIELDS = [("question", "answer"), ("problem", "solution"), ("query", "response"), ("prompt", "response"),
-          ("prompt", "reference"), ("instruction", "output")]
+# Field names of the common sets: (question, response); the first pair that a row has is taken.
+FIELDS = [("question", "response"), ("question", "answer"), ("problem", "solution"), ("query", "response"),
+          ("prompt", "response"), ("prompt", "reference"), ("instruction", "output")]
 
 
-def read_samples(file, count=None):
-    """Problems from a JSONL file with one of FIELDS or `messages`, the first `count` at most.
+def read_samples(file, count=None, skip_bad=False):
+    """Problems from a JSONL file, or a JSON list, of rows with one of FIELDS or `messages`; the first `count` at most.
 
-    GSM8K's calculator marks <<...>> are left out. Raises OSError, or ValueError naming the bad line.
+    GSM8K's calculator marks <<...>> are left out. Raises OSError, or ValueError naming the first bad line; skip_bad
+    leaves bad ones out and names them on stderr.
     """
-    out = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(out) == count:
-                break
-            try:
-                out.append(_sample(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+    out, bad = [], []
+    for number, row in rows(file):
+        if len(out) == count:
+            break
+        try:
+            out.append(_sample(json.loads(row) if isinstance(row, str) else row))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not skip_bad:
                 raise ValueError(f"{file}, line {number}: not a sample ({e}); it needs question and answer, problem "
-                                 "and solution, query and response, prompt and response, or messages") from None
+                                 "and solution, query and response, prompt and response, or messages "
+                                 "(--skip-bad leaves such lines out)") from None
+            bad.append(number)
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        print(f"{file}: left out {len(bad)} bad lines: {', '.join(map(str, bad[:10]))}{more}", file=sys.stderr)
     if not out:
         raise ValueError(f"{file} holds no samples")
     return out
+
+
+def rows(file):
+    """Yield (number from 1, row) of a JSONL file, as text, or of a JSON list, parsed.
+
+    A file of a hub data set is named hf://datasets/OWNER/NAME/PATH. Raises OSError or ValueError.
+    """
+    with open(local(file), encoding="utf-8", newline="\n") as lines:  # JSON may hold other line ends inside a string
+        first = lines.readline()
+        lines.seek(0)
+        if not first.lstrip().startswith("["):
+            yield from ((i, line) for i, line in enumerate(lines, 1) if line.strip())
+            return
+        try:
+            yield from enumerate(json.load(lines), 1)
+        except ValueError as e:
+            raise ValueError(f"{file} is not valid JSON: {e}") from None
+
+
+def local(file):
+    """The path itself, or that of a hub data set's file after fetching it; OSError in one line if that fails."""
+    found = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(file))
+    if not found:
+        return file
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(found[1], found[2], repo_type="dataset")
+    except Exception as e:  # of several libraries
+        raise OSError(f"cannot fetch {file}: {(str(e) or repr(e)).splitlines()[0]}") from None
 
 
 def _sample(row):
@@ -338,12 +373,23 @@ def _sample(row):
     return Problem(question, response, str(final_answer(response) or row.get("answer", "")), kind)
 
 
-def batches(pairs, size, device="cpu", seed=None):
-    """One epoch of Batch over encoded pairs, similar lengths together; shuffled if a seed is given."""
+def chunks(pairs, size, seed=None):
+    """Indices of one epoch's batches of encoded pairs, similar lengths together; shuffled if a seed is given."""
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    chunks = [order[i:i + size] for i in range(0, len(order), size)]
+    out = [order[i:i + size] for i in range(0, len(order), size)]
     if seed is not None:
-        random.Random(seed).shuffle(chunks)
-    for chunk in chunks:
-        tokens, lengths = pad([pairs[i][0] + pairs[i][1] for i in chunk], device)
-        yield Batch(tokens, torch.tensor([len(pairs[i][0]) for i in chunk], device=device), lengths)
+        random.Random(seed).shuffle(out)
+    return out
+
+
+def collate(pairs, chunk, device="cpu", counted=True):
+    """The pairs of these indices as a Batch; counted=False leaves its response mask empty."""
+    tokens, lengths = pad([pairs[i][0] + pairs[i][1] for i in chunk], device)
+    prompt_lengths = torch.tensor([len(pairs[i][0]) for i in chunk], device=device)
+    return Batch(tokens, prompt_lengths, lengths if counted else prompt_lengths)
+
+
+def batches(pairs, size, device="cpu"):
+    """All encoded pairs once, as Batches of up to `size`."""
+    for chunk in chunks(pairs, size):
+        yield collate(pairs, chunk, device)

@@ -87,7 +87,7 @@ def test_batches_hold_every_sample_once_with_its_prompt_length():
     pairs = [([1] * (i % 5 + 1), [2] * (i % 7 + 1)) for i in range(23)]
     for seed in (None, 3):
         seen = []
-        for b in data.batches(pairs, 4, seed=seed):
+        for b in (data.collate(pairs, chunk) for chunk in data.chunks(pairs, 4, seed)):
             for tokens, prompt, n, response in zip(b.tokens, b.prompt_lengths, b.lengths, b.response):
                 assert tokens[:prompt].eq(1).all() and tokens[prompt:n].eq(2).all() and tokens[n:].eq(0).all()
                 assert torch.equal(response, tokens == 2)
