@@ -1,9 +1,11 @@
-"""Problems, datasets, prompts, tokenizer, grading: text in, token batches out. Imports no other file here.
+"""Problems, datasets, prompts, tokenizer, grading: text in, token batches out. Imports no other file here,
+except that `python data.py generate` runs the model.
 
 A problem is held out if a hash of its question says so, so that training and evaluation can never share one,
 whatever the seeds.
 """
 
+import argparse
 import json
 import random
 import re
@@ -15,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
@@ -393,3 +396,88 @@ def batches(pairs, size, device="cpu"):
     """All encoded pairs once, as Batches of up to `size`."""
     for chunk in chunks(pairs, size):
         yield collate(pairs, chunk, device)
+
+
+# ---- python data.py generate: the paper's training set is private, so let the full model write an open one
+
+def generate(args):
+    """The full model answers questions; its answers become the training samples in args.out (JSONL).
+
+    Written block by block. A block's random numbers depend on --seed and its number alone, so a rerun drops the last
+    block, which may be incomplete, and goes on from there as if never interrupted.
+    """
+    import sample  # here alone this file needs the model
+    model, tokenizer = sample.load(args)
+    asked = read_samples(args.data, skip_bad=args.skip_bad) if args.data else problems("maths", args.samples, args.seed)
+    size = max(1, args.batch // args.n)  # questions to a block
+    kept = _complete_blocks(args.out)
+    first = kept[-1]["block"] + 1 if kept else 0
+    print(f"Asking {args.model or 'the embedded model'} on {args.device} {len(asked)} questions, {args.n} times each, at "
+          f"temperature {args.temperature}:\nup to {args.samples} samples for {args.out}, {len(kept)} there already.",
+          file=sys.stderr)
+    written, tried = len(kept), 0
+    bar = tqdm(range(first, -(-len(asked) // size)), desc="blocks", disable=None)
+    with open(args.out, "a", encoding="utf-8") as out:
+        for block in bar:
+            here = [p for p in asked[block * size:(block + 1) * size] for _ in range(args.n)]
+            generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + block)
+            answers = sample.respond(model, tokenizer, [ask(p) for p in here], args.max_new_tokens, args.batch,
+                                     temperature=args.temperature, top_p=args.top_p, generator=generator)
+            lines = []
+            for i, text, count in sorted(answers):
+                right = correct(text, here[i].answer)
+                tried += 1
+                if count < args.max_new_tokens and (right or not args.only_right):  # a cut answer teaches no ending
+                    lines.append({"question": here[i].question, "response": text, "answer": here[i].answer,
+                                  "right": right, "block": block})
+            lines = lines[:args.samples - written]
+            out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            out.flush()
+            written += len(lines)
+            bar.set_postfix(samples=written, kept=f"{(written - len(kept)) / tried:.2f}")
+            if written == args.samples:
+                break
+    print(json.dumps({"samples": written, "file": args.out}) if args.json else f"{written} samples are in {args.out}")
+
+
+def _complete_blocks(file):
+    """Rows of all blocks in the file but the last, having cut that off the file; [] if there is no file."""
+    if not Path(file).exists():
+        return []
+    rows = []
+    for line in Path(file).read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["block"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} exists and is not of data.py generate; give another --out") from None
+    rows = [row for row in rows if row["block"] < rows[-1]["block"]]
+    Path(f"{file}.tmp").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    Path(f"{file}.tmp").replace(file)
+    return rows
+
+
+def main():
+    import sample
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    add = sample.common_arguments(commands.add_parser("generate", help=generate.__doc__.splitlines()[0])).add_argument
+    add("--data", help="questions with their answers, as for distill.py (default: the embedded model's own problems)")
+    add("--out", default="generated.jsonl", help="default: %(default)s")
+    add("--samples", type=int, default=20000, help="stop at so many (default: %(default)s, as in the paper)")
+    add("--n", type=int, default=1, help="answers to each question (default: %(default)s)")
+    add("--only-right", action="store_true", help="keep answers that the grading accepts")
+    add("--skip-bad", action="store_true", help="leave out lines of --data that are no samples")
+    add("--temperature", type=float, default=0.6)
+    add("--top-p", type=float, default=0.95)
+    add("--max-new-tokens", type=int, default=1024, help="longer answers are left out (default: %(default)s)")
+    add("--batch", type=int, default=64, help="answers written side by side (default: %(default)s)")
+    args = parser.parse_args()
+    if min(args.samples, args.n, args.batch) < 1:
+        raise ValueError("--samples, --n and --batch must be at least 1")
+    generate(args)
+
+
+if __name__ == "__main__":
+    from sample import run
+    run(main)
