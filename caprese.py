@@ -165,7 +165,8 @@ class SparseFF(nn.Module):
         if self.method != "griffin":
             return
         top = self.s.topk(self.kept, dim=-1).indices  # [B, k]
-        self.compact = compact and len(top) == 1 and self.correction != "lora"
+        whole = type(self.gate_proj.weight) is nn.Parameter  # no shard of it: there is nothing to gather from
+        self.compact = compact and whole and len(top) == 1 and self.correction != "lora"
         if self.compact:
             self.gather(top[0])
         else:

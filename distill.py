@@ -74,13 +74,21 @@ def start_processes(args):
 
 
 def shard(model, device):
-    """Keep only a part of every block's weights on each device (FSDP); L and R stay whole everywhere."""
+    """Spread the weights of every block over the devices (FSDP), one block at a time; the rest is whole on each.
+
+    What attach() adds later stays whole as well. Returns the share of the weights that this process holds.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(torch.device(device).type, (world()[1],))
+    count = lambda: sum(getattr(p, "to_local", lambda: p)().numel() for p in model.parameters())
+    total, mesh = count(), init_device_mesh(torch.device(device).type, (world()[1],))
     for block in model.layers:
-        own = set(block.mlp.learned().values()) if isinstance(block.mlp, caprese.SparseFF) else set()
-        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=own)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    for name in ("embed_tokens", "norm"):
+        model.model[name].to(device)
+    if hasattr(model, "lm_head"):
+        model.lm_head.to(device)
+    return count() / total
 
 
 # ---- interruption: what must survive a kill
@@ -439,6 +447,8 @@ def arguments(argv=None):
             setattr(args, key, value)
     if args.layerwise == "closed" and args.correction != "linear":
         raise ValueError("the closed form is that of x L R; with --correction gated or lora use --layerwise adam or none")
+    if args.fsdp and args.method == "int4":
+        raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
     if args.rank_budget and args.layerwise != "closed":
         raise ValueError("--rank-budget splits by the eigenvalues of the closed form; it needs --layerwise closed")
     if bool(args.model) != bool(args.data):
@@ -464,16 +474,16 @@ def main():
     out = sys.stderr if args.json else sys.stdout
     progress = Progress(f"{args.out}.state", args.save_every, settings(args), args.resume)
     progress.catch_signals()
-    device = args.device
+    model, tokenizer = sample.load(args, "cpu" if args.fsdp else args.device)
+    where = f"{world()[1]} x {args.device}"
     if args.fsdp:
-        args.device = "cpu"  # the shards move to the device one block at a time
-    model, tokenizer = sample.load(args)
+        where += f", each with {shard(model, args.device):.0%} of the base weights"
     attach = lambda: caprese.attach(model, args.method, args.density, layer_list(args.layers, model), args.rank,
                                     args.correction)
     caprese.detach(attach())  # bad settings end here, before any work
     pairs, measure = (file_task if args.model else embedded_task)(model, tokenizer, args)
     print(f"Distilling {args.method} at density {args.density}, {args.correction} correction of rank {args.rank}, "
-          f"into {args.model or 'the embedded model'} on {world()[1]} x {device}:\n{len(pairs)} samples, "
+          f"into {args.model or 'the embedded model'} on {where}:\n{len(pairs)} samples, "
           f"layer-wise {args.layerwise}, end-to-end {args.e2e_epochs} epochs by {args.loss}.", file=out)
     rows = progress.rows
 

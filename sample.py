@@ -175,8 +175,8 @@ def common_arguments(parser):
     return parser
 
 
-def load(args):
-    """(model, tokenizer) for the common flags."""
+def load(args, onto=None):
+    """(model, tokenizer) for the common flags; the weights go onto another device than args.device if one is given."""
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -184,7 +184,7 @@ def load(args):
         raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else None
     folder = args.model or EMBEDDED
-    model = Transformer.from_pretrained(folder, device, dtype)
+    model = Transformer.from_pretrained(folder, onto or device, dtype)
     return model, data.Tokenizer(resolve(folder))
 
 

@@ -1,6 +1,7 @@
 """The closed form, both losses, the command. Run: python -m pytest tests/test_distill.py"""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -333,8 +334,8 @@ def test_resuming_the_wrong_thing_is_refused(tmp_path):
         assert done.returncode == 2 and words in done.stderr
 
 
-@pytest.mark.parametrize("args", [(), ("--fsdp",), ("--fsdp", "--recompute", "--layerwise", "adam", "--loss", "kl",
-                                                    "--layerwise-epochs", "1")])
+@pytest.mark.parametrize("args", [(), ("--fsdp", "--recompute", "--layerwise", "adam", "--loss", "kl",
+                                       "--layerwise-epochs", "1")])
 def test_two_processes_learn_what_one_does(tmp_path, args):
     """Data-parallel over gloo, both stages; an odd number of samples leaves one process an empty batch."""
     common = ("--samples", "41", "--eval-samples", "2", "--e2e-batch", "8", "--layerwise-batch", "8", *args)
@@ -343,6 +344,8 @@ def test_two_processes_learn_what_one_does(tmp_path, args):
     for name, arguments, launcher in (("one", one, ()), ("two", common, two)):
         done = run(*arguments, "--out", str(tmp_path / name), launcher=launcher)
         assert done.returncode == 0, done.stderr
+    if "--fsdp" in args:
+        assert int(re.search(r"each with (\d+)% of the base weights", done.stdout)[1]) < 60
     one, two = (caprese.load_tensors(tmp_path / name) for name in ("one", "two"))
     assert one[1] == two[1]
     maps = [{i: t[f"model.layers.{i}.mlp.L"] @ t[f"model.layers.{i}.mlp.R"] for i in (0, 1, 2)} for t in (one[0], two[0])]
