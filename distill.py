@@ -96,7 +96,7 @@ def shard(model, device):
 class Progress:
     """Where the work stands: the stage, its step, the stage's tensors and the rows of the table so far.
 
-    Written to `file` every `every` steps and when the process is told to stop; a run that finds it goes on from there,
+    Written to `file` every `every` steps, after a stage and when the process is told to stop; a run that finds it goes on from there,
     on the CPU to bit-identical results. `settings` must be the same for both, or it is refused with a ValueError.
     Without a file nothing is written.
     """
@@ -142,7 +142,7 @@ class Progress:
             self.step, self.seconds = step + 1, time.perf_counter() - start
             stop = torch.tensor(float(self.stop), device=next(iter(tensors.values())).device)
             add_up(stop)  # all processes stop if one is told to
-            if self.file and (stop or self.step % self.every == 0):
+            if self.file and (stop or self.step % self.every == 0 or self.step == total):
                 if sums:
                     add_up(*tensors.values())
                 self.save(tensors)
@@ -501,15 +501,20 @@ def main():
     stages |= {"E2E": end_to_end} if args.e2e_epochs else {}
     for name, fit in stages.items():
         if progress.stage == "E2E" and name == "layer-wise":
-            continue  # its result is in the checkpoint
+            for i, ff in caprese.sparse_layers(model).items():  # its result is in the checkpoint
+                ff.put(**{key: progress.tensors[f"{i}.{key}"] for key in ff.learned()})
+            continue
         fit(model, pairs, args, progress)
         record(f"+ {name}", progress.seconds)
-    caprese.save_adapter(model, args.out)
-    Path(progress.file).unlink(missing_ok=True)
+    if world()[0] == 0:
+        caprese.save_adapter(model, args.out)
+        Path(progress.file).unlink(missing_ok=True)
     print(f"\n{table(rows)}\n\nwrote {args.out}; try: python sample.py --adapter {args.out}"
           + (f" --model {args.model} 'your question'" if args.model else ""), file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
