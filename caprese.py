@@ -310,7 +310,7 @@ def fingerprint(model):
 
 
 def save_adapter(model, file):
-    """Write the correction with what it belongs to (safetensors, metadata beside them); ValueError if none is attached."""
+    """Write the correction and, as metadata, what it belongs to (safetensors); ValueError if none is attached."""
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("no sparse method is attached, so there is no adapter to save")
@@ -327,7 +327,7 @@ def save_tensors(tensors, file, about):
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     try:
-        save_file(tensors, f"{file}.tmp", metadata={"format": "pt", "caprese": json.dumps(about)})
+        save_file(tensors, f"{file}.tmp", metadata={"caprese": json.dumps(about)})  # one key: two vary in order
         os.replace(f"{file}.tmp", file)
     except (OSError, SafetensorError) as e:
         if os.path.exists(f"{file}.tmp"):
@@ -340,7 +340,8 @@ def load_tensors(file):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(file), framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}, json.loads((f.metadata() or {}).get("caprese", "null"))
+            about = json.loads((f.metadata() or {}).get("caprese", "null"))
+            return {name: f.get_tensor(name) for name in f.keys()}, about
     except (SafetensorError, ValueError) as e:
         raise ValueError(f"{file} is not a readable safetensors file ({e})") from None
 

@@ -412,8 +412,8 @@ def generate(args):
     size = max(1, args.batch // args.n)  # questions to a block
     kept = _complete_blocks(args.out)
     first = kept[-1]["block"] + 1 if kept else 0
-    print(f"Asking {args.model or 'the embedded model'} on {args.device} {len(asked)} questions, {args.n} times each, at "
-          f"temperature {args.temperature}:\nup to {args.samples} samples for {args.out}, {len(kept)} there already.",
+    print(f"Asking {args.model or 'the embedded model'} on {args.device} {len(asked)} questions, {args.n} times each, "
+          f"at temperature {args.temperature}:\nup to {args.samples} samples for {args.out}, {len(kept)} there already.",
           file=sys.stderr)
     written, tried = len(kept), 0
     bar = tqdm(range(first, -(-len(asked) // size)), desc="blocks", disable=None)

@@ -96,9 +96,9 @@ def shard(model, device):
 class Progress:
     """Where the work stands: the stage, its step, the stage's tensors and the rows of the table so far.
 
-    Written to `file` every `every` steps, after a stage and when the process is told to stop; a run that finds it goes on from there,
-    on the CPU to bit-identical results. `settings` must be the same for both, or it is refused with a ValueError.
-    Without a file nothing is written.
+    Written to `file` every `every` steps, after a stage and when the process is told to stop; a resumed run goes on
+    from there, on the CPU to bit-identical results. `settings` must be the same for both, or it is refused with a
+    ValueError. Without a file nothing is written.
     """
 
     def __init__(self, file=None, every=100, settings=None, resume=False):
@@ -304,8 +304,9 @@ def train(model, pairs, loss_and_backward, lr, epochs, batch, args, stage, progr
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
     state = dict(learned)
     for name, p in learned.items():  # made here, not at the first step, so that a resumed run can fill it
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        state |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+        moments_ = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = moments_
+        state |= {f"{name}.{key}": value for key, value in moments_.items()}
     an_epoch = -(-len(pairs) // batch)
     total = epochs * an_epoch
     warm = max(1, round(0.02 * total))
@@ -446,7 +447,8 @@ def arguments(argv=None):
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.layerwise == "closed" and args.correction != "linear":
-        raise ValueError("the closed form is that of x L R; with --correction gated or lora use --layerwise adam or none")
+        raise ValueError("the closed form is that of x L R; with --correction gated or lora give --layerwise adam or "
+                         "none")
     if args.fsdp and args.method == "int4":
         raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
     if args.rank_budget and args.layerwise != "closed":

@@ -178,7 +178,8 @@ def test_a_json_list_is_read_as_the_set_of_metamath_is_stored(tmp_path):
 
 def test_skip_bad_names_what_it_leaves_out(tmp_path, capsys):
     file = tmp_path / "x.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n{"other": 1}\n\n{"prompt": "c", "response": "d"}\n')
+    file.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n{"other": 1}\n\n'
+                    '{"prompt": "c", "response": "d"}\n')
     with pytest.raises(ValueError, match="line 2.*--skip-bad"):
         data.read_samples(file)
     assert [p.question for p in data.read_samples(file, skip_bad=True)] == ["a", "c"]

@@ -350,8 +350,8 @@ def test_two_processes_learn_what_one_does(tmp_path, args):
         assert int(re.search(r"each with (\d+)% of the base weights", done.stdout)[1]) < 60
     one, two = (caprese.load_tensors(tmp_path / name) for name in ("one", "two"))
     assert one[1] == two[1]
-    maps = [{i: t[f"model.layers.{i}.mlp.L"] @ t[f"model.layers.{i}.mlp.R"] for i in (0, 1, 2)} for t in (one[0], two[0])]
-    for i in (0, 1, 2):  # L R, as the closed form's L and R each are free up to a sign. Adam divides by the size of the
+    maps = [[t[f"model.layers.{i}.mlp.L"] @ t[f"model.layers.{i}.mlp.R"] for i in range(3)] for t in (one[0], two[0])]
+    for i in range(3):  # L R, as the closed form's L and R each are free up to a sign. Adam divides by the size of the
         # gradient, which carries a rounding error to the size of a step where a gradient is close to zero.
         assert (maps[0][i] - maps[1][i]).norm() < 0.02 * maps[0][i].norm()
 
