@@ -194,17 +194,17 @@ def walk(model, batch, visit):
 
 @torch.no_grad()
 def moments(model, pairs, args, progress=None):
-    """{layer: (A, C, energy)}: sums of x^T x [D, D], x^T e [D, D] and |e|^2 over all response tokens, float64."""
+    """{layer: (A, C, energy, m)}: sums of x^T x [D, D], x^T e [D, D], |e|^2 and x [D] over response tokens, float64."""
     layers, D = caprese.sparse_layers(model), model.config.hidden_size
     new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=model.device)
-    sums = {ff: (new(D, D), new(D, D), new()) for ff in layers.values()}
+    sums = {ff: (new(D, D), new(D, D), new(), new(D)) for ff in layers.values()}
     chunks = data.chunks(pairs, args.rows * world()[1])
-    named = {f"{i}.{name}": t for i, ff in layers.items() for name, t in zip("A C energy".split(), sums[ff])}
+    named = {f"{i}.{name}": t for i, ff in layers.items() for name, t in zip("A C energy m".split(), sums[ff])}
     for step in (progress or Progress()).steps("layer-wise", len(chunks), named, sums=True):
         for batch in share(pairs, chunks[step], args, model.device):
             def visit(ff, x, e):
                 x, e = x[batch.response].float(), e[batch.response].float()
-                for total, addend in zip(sums[ff], (x.T @ x, x.T @ e, e.square().sum())):
+                for total, addend in zip(sums[ff], (x.T @ x, x.T @ e, e.square().sum(), x.sum(0))):
                     total += addend
             walk(model, batch, visit)
     return {i: sums[ff] for i, ff in layers.items()}
@@ -217,11 +217,26 @@ def closed_form(A, C, rank, eps=1e-6):
     eigenvectors of B^T A B, the covariance of what B predicts. Returns L = B V [D, r], R = V^T [r, D], and all
     eigenvalues, largest first: each says how much residual energy one more rank takes away.
     """
-    ridge = eps * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
-    B = torch.linalg.solve(A + ridge, C)
+    B = torch.linalg.solve(A + ridge(A, eps), C)
     values, V = torch.linalg.eigh(B.T @ A @ B)
     V = V[:, -rank:].flip(1)
     return B @ V, V.T, values.flip(0)
+
+
+def ridge(A, eps=1e-6):
+    """eps I of the closed form, in units of A's mean diagonal: it decides where the data say nothing."""
+    return eps * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
+
+
+def open_gate(A, m, act):
+    """The direction g [D] with x g as close as can be to the constant c at which act(c) = 1, from sums A and m.
+
+    So gated neurons start as the linear ones of (9), "gate one". It works well because normalised inputs share a
+    direction: in the embedded model x g strays from c by 1 to 5% of its energy.
+    """
+    c = torch.linspace(0, 3, 30001, dtype=A.dtype, device=A.device)
+    c = c[(act(c) - 1).abs().argmin()]
+    return c * torch.linalg.solve(A + ridge(A), m)
 
 
 def split_ranks(eigenvalues, total):
@@ -233,12 +248,16 @@ def split_ranks(eigenvalues, total):
 def layerwise_closed(model, pairs, args, progress=None):
     """Layer-wise stage in one pass: every sparse layer gets the optimum of (7), of equal ranks or of a split budget."""
     layers = caprese.sparse_layers(model)
-    solved = {i: closed_form(A, C, len(A)) for i, (A, C, _) in moments(model, pairs, args, progress).items()}
+    sums = moments(model, pairs, args, progress)
+    solved = {i: closed_form(A, C, len(A)) for i, (A, C, *_) in sums.items()}
     ranks = dict.fromkeys(layers, args.rank)
     if args.rank_budget:
         ranks = split_ranks({i: values for i, (_, _, values) in solved.items()}, args.rank * len(layers))
     for i, (L, R, _) in solved.items():  # in order of their eigenvalues
         layers[i].put(L=L[:, :ranks[i]], R=R[:ranks[i]])
+        if args.correction == "gated":
+            A, m = sums[i][0], sums[i][3]
+            layers[i].put(G=open_gate(A, m, layers[i].act)[:, None].repeat(1, ranks[i]))
 
 
 def layerwise_loss(model, batch, tokens):
@@ -446,9 +465,8 @@ def arguments(argv=None):
             value = PAPER[key]
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.layerwise == "closed" and args.correction != "linear":
-        raise ValueError("the closed form is that of x L R; with --correction gated or lora give --layerwise adam or "
-                         "none")
+    if args.layerwise == "closed" and args.correction == "lora":
+        raise ValueError("LoRA has no closed form; with --correction lora give --layerwise adam or none")
     if args.fsdp and args.method == "int4":
         raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
     if args.rank_budget and args.layerwise != "closed":

@@ -106,11 +106,12 @@ def test_moments_are_sums_over_response_tokens_of_the_full_model(method):
             generated = torch.arange(tokens.shape[1])[None] >= len(prompt)
             e = ff(x) - ff(x, generated)
             collected[i].append((x[0, len(prompt):].double(), e[0, len(prompt):].double()))
-    for i, (A, C, total) in distill.moments(model, pairs(7), settings()).items():
+    for i, (A, C, total, m) in distill.moments(model, pairs(7), settings()).items():
         x, e = (torch.cat(t) for t in zip(*collected[i]))
         assert_close(A, x.T @ x, rtol=1e-4, atol=1e-4)
         assert_close(C, x.T @ e, rtol=1e-4, atol=1e-4)
         assert_close(total, e.square().sum(), rtol=1e-4, atol=1e-4)
+        assert_close(m, x.sum(0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", caprese.METHODS)
@@ -124,6 +125,25 @@ def test_the_closed_form_leaves_no_more_than_adam(method):
     for i in closed:
         assert bare[i] == pytest.approx(1)
         assert closed[i] < adam[i] < 0.99
+
+
+def test_an_open_gate_is_one_where_the_inputs_share_a_direction():
+    x = torch.randn(400, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 5
+    g = distill.open_gate(x.T @ x, x.sum(0), torch.nn.functional.silu)
+    gate = torch.nn.functional.silu(x @ g)
+    assert gate.mean() == pytest.approx(1, abs=0.02) and gate.std() < 0.1
+
+
+def test_gated_neurons_start_from_the_closed_form():
+    """On inputs with a shared direction they leave hardly more of the residual than the linear ones."""
+    left = {}
+    for correction in ("linear", "gated"):
+        model = tiny.model()
+        model.model["embed_tokens"].weight += 3
+        caprese.attach(model, "griffin", 0.4, [0], rank=6, correction=correction)
+        distill.layerwise(model, pairs(), settings(rank=6, correction=correction))
+        left[correction] = distill.residual_left(model, pairs(), settings())[0]
+    assert left["linear"] < left["gated"] < 0.5 * left["linear"] + 0.5
 
 
 @pytest.mark.parametrize("correction", ["gated", "lora"])
@@ -364,7 +384,7 @@ def test_two_processes_learn_what_one_does(tmp_path, args):
     (["--layers", "some"], "--layers"),
     (["--out", "no/such/folder/a.safetensors"], "folder"),
     (["--samples", "0"], "samples"),
-    (["--correction", "gated", "--layerwise", "closed"], "--layerwise"),
+    (["--correction", "lora", "--layerwise", "closed"], "--layerwise"),
     (["--rank-budget", "--layerwise", "adam"], "--rank-budget"),
     (["--fsdp"], "torchrun"),
 ])
