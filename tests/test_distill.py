@@ -289,11 +289,13 @@ def test_command_prints_the_table_and_writes_an_adapter(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [r["method"] for r in rows] == ["full", "griffin", "+ layer-wise", "+ E2E"]
-    assert set(rows[0]) == {"method", "math_accuracy", "reading_accuracy", "mean_response_tokens", "recovered",
+    assert set(rows[0]) == {"method", "math_accuracy", "reading_accuracy", "mean_response_tokens", "recovered", "residual_left",
                             "added_parameters_percent", "seconds"}
     assert rows[0]["added_parameters_percent"] == 0 < rows[2]["added_parameters_percent"] <= 2
     assert rows[0]["math_accuracy"] > rows[1]["math_accuracy"] + 0.3
     assert rows[3]["recovered"] > 0
+    assert rows[0]["residual_left"] == 0 and rows[1]["residual_left"] == pytest.approx(1)
+    assert rows[2]["residual_left"] < 0.7
     model = sample.Transformer.from_pretrained(sample.EMBEDDED)
     assert list(caprese.sparse_layers(caprese.load_adapter(model, file))) == [0, 1, 2]
     assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
