@@ -110,6 +110,12 @@ class SparseFF(nn.Module):
         """{name: parameter} of the correction."""
         return dict(self.named_parameters(recurse=False))
 
+    def put(self, **tensors):
+        """Take these as the correction, by name; ranks may differ from what it had, and from layer to layer."""
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor.to(self.gate_proj.weight.device, torch.float32).contiguous()))
+        self.rank = next(iter(self.learned().values())).shape[1]
+
     def forward(self, x, generated=None):
         """x [B, T, D] -> [B, T, D]. generated: None or False, all tokens full (False: and they are counted for the
         selection); True, all sparse, by the last select(); bool [B, T], a fresh batch in which each row's
@@ -137,10 +143,11 @@ class SparseFF(nn.Module):
         self.select(compact=False)
 
     def residual(self, x, generated):
-        """FF(x) - FF_sparse(x), what equation (7) regresses: x [B, T, D] -> [B, T, D]."""
+        """FF(x), and FF(x) - FF_sparse(x), which equation (7) regresses: x [B, T, D] -> both [B, T, D]."""
         gate, z = self.neurons(x)
         self.select_fresh(gate, z, generated)
-        return self.down_proj(z) - self.bare(x, gate, z)
+        full = self.down_proj(z)
+        return full, full - self.bare(x, gate, z)
 
     @torch.no_grad()
     def observe(self, gate, z, prompt=None):
@@ -155,6 +162,7 @@ class SparseFF(nn.Module):
 
     def select(self, compact=True):
         """Take the top-k of s (4). One selection for all rows goes to the compact buffers, unless compact is False."""
+        compact = compact and type(self.gate_proj.weight) is nn.Parameter  # of a shard there is nothing to gather
         if self.method == "griffin":
             top = self.s.topk(self.kept, dim=-1).indices.sort(dim=-1).values  # [B, k], ascending as in memory
             self.compact = compact and len(top) == 1
@@ -287,9 +295,9 @@ def dot_rows(weight, rows, x):
     return torch.sparse.sampled_addmm(want, x, weight.T, beta=0.0).values()
 
 
-def add_rows(weight, rows, z, columns=128):
+def add_rows(weight, rows, z):
     """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of columns share the work among threads."""
-    blocks = weight.shape[1] // math.gcd(columns, weight.shape[1])
+    blocks = weight.shape[1] // math.gcd(512 // weight.element_size(), weight.shape[1])
     at = rows * blocks + torch.arange(blocks)[:, None]  # [blocks, n]
     return F.embedding_bag(at, weight.view(len(weight) * blocks, -1), mode="sum",
                            per_sample_weights=z.expand(blocks, -1)).flatten()
@@ -340,10 +348,10 @@ def reset(model):
         ff.reset()
 
 
-def select(model):
+def select(model, compact=True):
     """Take the selection from all tokens counted so far: after a prefill, and at each reselection."""
     for ff in sparse_layers(model).values():
-        ff.select()
+        ff.select(compact)
 
 
 def fixed(model):
@@ -376,8 +384,7 @@ def fingerprint(model):
 
 
 def save_adapter(model, file):
-    """Write the correction with what it belongs to (safetensors, metadata beside them); ValueError if none is attached."""
-    from safetensors.torch import save_file
+    """Write the correction and, as metadata, what it belongs to (safetensors); ValueError if none is attached."""
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("no sparse method is attached, so there is no adapter to save")
@@ -386,8 +393,31 @@ def save_adapter(model, file):
              "layers": list(layers), "model": fingerprint(model)}
     tensors = {f"model.layers.{i}.mlp.{name}": p.detach().to("cpu", torch.float32).contiguous()
                for i, ff in layers.items() for name, p in ff.learned().items()}
-    save_file(tensors, f"{file}.tmp", metadata={"format": "pt", "caprese": json.dumps(about)})
-    os.replace(f"{file}.tmp", file)
+    save_tensors(tensors, file, about)
+
+
+def save_tensors(tensors, file, about):
+    """Write {name: tensor} and a JSON description under a temporary name, then rename; OSError if that fails."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    try:
+        save_file(tensors, f"{file}.tmp", metadata={"caprese": json.dumps(about)})  # one key: two vary in order
+        os.replace(f"{file}.tmp", file)
+    except (OSError, SafetensorError) as e:
+        if os.path.exists(f"{file}.tmp"):
+            os.remove(f"{file}.tmp")
+        raise OSError(f"cannot write {file} ({e}); what was there before is intact") from None
+
+
+def load_tensors(file):
+    """({name: tensor}, the JSON description or None) of such a file; ValueError if it is not readable."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            about = json.loads((f.metadata() or {}).get("caprese", "null"))
+            return {name: f.get_tensor(name) for name in f.keys()}, about
+    except (SafetensorError, ValueError) as e:
+        raise ValueError(f"{file} is not a readable safetensors file ({e})") from None
 
 
 def load_adapter(model, file, density=None):
@@ -396,16 +426,10 @@ def load_adapter(model, file, density=None):
     density None is the one it was trained at. A method attached before must be the adapter's, on the same layers.
     Raises FileNotFoundError, or ValueError for a file of another kind, model or method.
     """
-    from safetensors import SafetensorError, safe_open
     if not os.path.exists(file):
         raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes one")
-    try:
-        with safe_open(str(file), framework="pt") as f:
-            about = json.loads((f.metadata() or {}).get("caprese", "null"))
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, ValueError) as e:
-        raise ValueError(f"{file} is not a readable safetensors file ({e})") from None
-    if about is None:
+    tensors, about = load_tensors(file)
+    if about is None or "method" not in about:
         raise ValueError(f"{file} is not a Caprese adapter: its metadata says nothing of one")
     if about["model"] != fingerprint(model):
         raise ValueError(f"{file} was made for another model (its {about['model']}, this {fingerprint(model)})")
@@ -417,7 +441,5 @@ def load_adapter(model, file, density=None):
                              f"not for {first.method} on layers {list(attached)}")
     attach(model, about["method"], density or about["density"], about["layers"], 0, about.get("correction", "linear"))
     for i, ff in sparse_layers(model).items():
-        for name in ff.learned():
-            setattr(ff, name, nn.Parameter(tensors[f"model.layers.{i}.mlp.{name}"].to(model.device)))
-        ff.rank = next(iter(ff.learned().values())).shape[1]  # it may differ from layer to layer
+        ff.put(**{name: tensors[f"model.layers.{i}.mlp.{name}"] for name in ff.learned()})
     return model

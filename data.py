@@ -1,9 +1,11 @@
-"""Problems, datasets, prompts, tokenizer, grading: text in, token batches out. Imports no other file here.
+"""Problems, datasets, prompts, tokenizer, grading: text in, token batches out. Imports no other file here,
+except that `python data.py generate` runs the model.
 
 A problem is held out if a hash of its question says so, so that training and evaluation can never share one,
 whatever the seeds.
 """
 
+import argparse
 import json
 import random
 import re
@@ -15,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
@@ -299,29 +302,64 @@ def encode_samples(samples, tokenizer, max_tokens=2048):
     return short
 
 
-# Field names of the common sets: (question, response); the first pair that a line has is taken.
-FIELDS = [("question", "answer"), ("problem", "solution"), ("query", "response"), ("prompt", "response"),
-          ("prompt", "reference"), ("instruction", "output")]
+# Field names of the common sets: (question, response); the first pair that a row has is taken.
+FIELDS = [("question", "response"), ("question", "answer"), ("problem", "solution"), ("query", "response"),
+          ("prompt", "response"), ("prompt", "reference"), ("instruction", "output")]
 
 
-def read_samples(file, count=None):
-    """Problems from a JSONL file with one of FIELDS or `messages`, the first `count` at most.
+def read_samples(file, count=None, skip_bad=False):
+    """Problems from a JSONL file, or a JSON list, of rows with one of FIELDS or `messages`; the first `count` at most.
 
-    GSM8K's calculator marks <<...>> are left out. Raises OSError, or ValueError naming the bad line.
+    GSM8K's calculator marks <<...>> are left out. Raises OSError, or ValueError naming the first bad line; skip_bad
+    leaves bad ones out and names them on stderr.
     """
-    out = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if len(out) == count:
-                break
-            try:
-                out.append(_sample(json.loads(line)))
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+    out, bad = [], []
+    for number, row in rows(file):
+        if len(out) == count:
+            break
+        try:
+            out.append(_sample(json.loads(row) if isinstance(row, str) else row))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            if not skip_bad:
                 raise ValueError(f"{file}, line {number}: not a sample ({e}); it needs question and answer, problem "
-                                 "and solution, query and response, prompt and response, or messages") from None
+                                 "and solution, query and response, prompt and response, or messages "
+                                 "(--skip-bad leaves such lines out)") from None
+            bad.append(number)
+    if bad:
+        more = f" and {len(bad) - 10} more" if len(bad) > 10 else ""
+        print(f"{file}: left out {len(bad)} bad lines: {', '.join(map(str, bad[:10]))}{more}", file=sys.stderr)
     if not out:
         raise ValueError(f"{file} holds no samples")
     return out
+
+
+def rows(file):
+    """Yield (number from 1, row) of a JSONL file, as text, or of a JSON list, parsed.
+
+    A file of a hub data set is named hf://datasets/OWNER/NAME/PATH. Raises OSError or ValueError.
+    """
+    with open(local(file), encoding="utf-8", newline="\n") as lines:  # JSON may hold other line ends inside a string
+        first = lines.readline()
+        lines.seek(0)
+        if not first.lstrip().startswith("["):
+            yield from ((i, line) for i, line in enumerate(lines, 1) if line.strip())
+            return
+        try:
+            yield from enumerate(json.load(lines), 1)
+        except ValueError as e:
+            raise ValueError(f"{file} is not valid JSON: {e}") from None
+
+
+def local(file):
+    """The path itself, or that of a hub data set's file after fetching it; OSError in one line if that fails."""
+    found = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(file))
+    if not found:
+        return file
+    try:
+        from huggingface_hub import hf_hub_download
+        return hf_hub_download(found[1], found[2], repo_type="dataset")
+    except Exception as e:  # of several libraries
+        raise OSError(f"cannot fetch {file}: {(str(e) or repr(e)).splitlines()[0]}") from None
 
 
 def _sample(row):
@@ -338,12 +376,108 @@ def _sample(row):
     return Problem(question, response, str(final_answer(response) or row.get("answer", "")), kind)
 
 
-def batches(pairs, size, device="cpu", seed=None):
-    """One epoch of Batch over encoded pairs, similar lengths together; shuffled if a seed is given."""
+def chunks(pairs, size, seed=None):
+    """Indices of one epoch's batches of encoded pairs, similar lengths together; shuffled if a seed is given."""
     order = sorted(range(len(pairs)), key=lambda i: sum(map(len, pairs[i])))
-    chunks = [order[i:i + size] for i in range(0, len(order), size)]
+    out = [order[i:i + size] for i in range(0, len(order), size)]
     if seed is not None:
-        random.Random(seed).shuffle(chunks)
-    for chunk in chunks:
-        tokens, lengths = pad([pairs[i][0] + pairs[i][1] for i in chunk], device)
-        yield Batch(tokens, torch.tensor([len(pairs[i][0]) for i in chunk], device=device), lengths)
+        random.Random(seed).shuffle(out)
+    return out
+
+
+def collate(pairs, chunk, device="cpu", counted=True):
+    """The pairs of these indices as a Batch; counted=False leaves its response mask empty."""
+    tokens, lengths = pad([pairs[i][0] + pairs[i][1] for i in chunk], device)
+    prompt_lengths = torch.tensor([len(pairs[i][0]) for i in chunk], device=device)
+    return Batch(tokens, prompt_lengths, lengths if counted else prompt_lengths)
+
+
+def batches(pairs, size, device="cpu"):
+    """All encoded pairs once, as Batches of up to `size`."""
+    for chunk in chunks(pairs, size):
+        yield collate(pairs, chunk, device)
+
+
+# ---- python data.py generate: the paper's training set is private, so let the full model write an open one
+
+def generate(args):
+    """The full model answers questions; its answers become the training samples in args.out (JSONL).
+
+    Written block by block. A block's random numbers depend on --seed and its number alone, so a rerun drops the last
+    block, which may be incomplete, and goes on from there as if never interrupted.
+    """
+    import sample  # here alone this file needs the model
+    model, tokenizer = sample.load(args)
+    asked = read_samples(args.data, skip_bad=args.skip_bad) if args.data else problems("maths", args.samples, args.seed)
+    size = max(1, args.batch // args.n)  # questions to a block
+    kept = _complete_blocks(args.out)
+    first = kept[-1]["block"] + 1 if kept else 0
+    print(f"Asking {args.model or 'the embedded model'} on {args.device} {len(asked)} questions, {args.n} times each, "
+          f"at temperature {args.temperature}:\nup to {args.samples} samples for {args.out}, {len(kept)} there already.",
+          file=sys.stderr)
+    written, tried = len(kept), 0
+    bar = tqdm(range(first, -(-len(asked) // size)), desc="blocks", disable=None)
+    with open(args.out, "a", encoding="utf-8") as out:
+        for block in bar:
+            here = [p for p in asked[block * size:(block + 1) * size] for _ in range(args.n)]
+            generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + block)
+            answers = sample.respond(model, tokenizer, [ask(p) for p in here], args.max_new_tokens, args.batch,
+                                     temperature=args.temperature, top_p=args.top_p, generator=generator)
+            lines = []
+            for i, text, count in sorted(answers):
+                right = correct(text, here[i].answer)
+                tried += 1
+                if count < args.max_new_tokens and (right or not args.only_right):  # a cut answer teaches no ending
+                    lines.append({"question": here[i].question, "response": text, "answer": here[i].answer,
+                                  "right": right, "block": block})
+            lines = lines[:args.samples - written]
+            out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            out.flush()
+            written += len(lines)
+            bar.set_postfix(samples=written, kept=f"{(written - len(kept)) / tried:.2f}")
+            if written == args.samples:
+                break
+    print(json.dumps({"samples": written, "file": args.out}) if args.json else f"{written} samples are in {args.out}")
+
+
+def _complete_blocks(file):
+    """Rows of all blocks in the file but the last, having cut that off the file; [] if there is no file."""
+    if not Path(file).exists():
+        return []
+    rows = []
+    for line in Path(file).read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["block"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} exists and is not of data.py generate; give another --out") from None
+    rows = [row for row in rows if row["block"] < rows[-1]["block"]]
+    Path(f"{file}.tmp").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    Path(f"{file}.tmp").replace(file)
+    return rows
+
+
+def main():
+    import sample
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    add = sample.common_arguments(commands.add_parser("generate", help=generate.__doc__.splitlines()[0])).add_argument
+    add("--data", help="questions with their answers, as for distill.py (default: the embedded model's own problems)")
+    add("--out", default="generated.jsonl", help="default: %(default)s")
+    add("--samples", type=int, default=20000, help="stop at so many (default: %(default)s, as in the paper)")
+    add("--n", type=int, default=1, help="answers to each question (default: %(default)s)")
+    add("--only-right", action="store_true", help="keep answers that the grading accepts")
+    add("--skip-bad", action="store_true", help="leave out lines of --data that are no samples")
+    add("--temperature", type=float, default=0.6)
+    add("--top-p", type=float, default=0.95)
+    add("--max-new-tokens", type=int, default=1024, help="longer answers are left out (default: %(default)s)")
+    add("--batch", type=int, default=64, help="answers written side by side (default: %(default)s)")
+    args = parser.parse_args()
+    if min(args.samples, args.n, args.batch) < 1:
+        raise ValueError("--samples, --n and --batch must be at least 1")
+    generate(args)
+
+
+if __name__ == "__main__":
+    from sample import run
+    run(main)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 # What each family's own code assumes: of keys that config.json leaves out, and of what no key ever says.
 FAMILIES = {
@@ -329,6 +330,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    recompute = False  # activation checkpointing per block: distill.py turns it on for large models
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -393,10 +396,16 @@ class Transformer(nn.Module):
         if config.scale_embeddings:
             x = x * torch.tensor(config.hidden_size ** 0.5, dtype=x.dtype)  # rounded to the dtype, as Gemma does
         for layer, window in zip(self.layers, config.windows):
-            x = layer(x, positions, rope, masks[window], cache, generated)
+            x = self.run(layer, x, positions, rope, masks[window], cache, generated)
         if cache is not None:
             cache.move(T)
         return self.model["norm"](x)
+
+    def run(self, layer, *args):
+        """One block. With self.recompute its activations are not kept for the way back but computed again."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
+        return layer(*args)
 
     def rope(self, positions):
         """cos and sin [B or 1, T, 1, d] of the rotary angles, computed in float32, in the model's dtype."""

@@ -5,12 +5,14 @@ Without a prompt it answers one hard problem three ways: full model, sparse, spa
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import deque
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import caprese
@@ -166,6 +168,46 @@ def evaluate(model, tokenizer, problems, **kwargs):
     return right / len(problems), tokens / len(problems)
 
 
+@torch.no_grad()
+def respond_twice(model, batch):
+    """Final embeddings [B, R, D] of the responses by the full and by the sparse model, after one shared prefill."""
+    responses, _ = batch.responses()
+    longest = int(batch.prompt_lengths.max())
+    cache = model.new_cache(len(responses), longest + responses.shape[1])
+    caprese.reset(model)
+    model.hidden(batch.tokens[:, :longest], cache, batch.generated[:, :longest])
+    cache.set_lengths(batch.prompt_lengths)
+    caprese.select(model, compact=False)  # the masked path, which serves rows of any kind, and sharded weights
+    full = model.hidden(responses, cache)
+    if not caprese.sparse_layers(model):
+        return full, full
+    cache.move(-responses.shape[1])
+    return full, model.hidden(responses, cache, generated=True)
+
+
+@torch.no_grad()
+def fidelity(model, pairs, size=4):
+    """How close the sparse model's next-token distributions are to the full model's, on given responses.
+
+    Returns kl (mean KL(full || sparse) in nats), agreement (share of equal top-1 tokens) and perplexity (of the
+    sparse model), over all positions that the sparse FF serves and that have a next token.
+    """
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    bar = tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", leave=False,
+               disable=None)
+    for batch in bar:
+        responses, real = batch.responses()
+        here, target = real[:, 1:], responses[:, 1:][real[:, 1:]]  # position i has a next token if i + 1 is real
+        full, sparse = (model.logits(h[:, :-1][here]).float().log_softmax(-1) for h in respond_twice(model, batch))
+        kl = F.kl_div(sparse, full, log_target=True, reduction="sum")
+        same = (full.argmax(-1) == sparse.argmax(-1)).sum()
+        sums += torch.stack([kl, same, F.nll_loss(sparse, target, reduction="sum")]).double().cpu()
+        count += len(target)
+        bar.set_postfix(kl=f"{sums[0] / count:.3f}")
+    kl, agreement, loss = (sums / count).tolist()
+    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(loss)}
+
+
 def common_arguments(parser):
     """The flags that every script takes."""
     parser.add_argument("--model", help="folder in the official layout or hub repo id (default: the embedded model)")
@@ -177,8 +219,8 @@ def common_arguments(parser):
     return parser
 
 
-def load(args):
-    """(model, tokenizer) for the common flags."""
+def load(args, onto=None):
+    """(model, tokenizer) for the common flags; the weights go onto another device than args.device if one is given."""
     try:
         device = torch.device(args.device)
         torch.empty(0, device=device)
@@ -186,7 +228,7 @@ def load(args):
         raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
     dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else None
     folder = args.model or EMBEDDED
-    model = Transformer.from_pretrained(folder, device, dtype)
+    model = Transformer.from_pretrained(folder, onto or device, dtype)
     return model, data.Tokenizer(resolve(folder))
 
 
@@ -197,8 +239,8 @@ def run(main):
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as e:
+        print("interrupted" + f"; {e}" * bool(e.args), file=sys.stderr)
         sys.exit(130)
 
 

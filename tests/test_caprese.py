@@ -123,7 +123,7 @@ def test_lora_is_w_plus_a_b():
 
 
 def test_four_bits():
-    """16 levels a group, the extremes exact, no weight off by more than half a step; the correction gets their error."""
+    """16 levels a group, the extremes exact, no weight off by more than half a step."""
     w = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
     q = caprese.quantise(w, group=32)
     for ours, theirs in zip(q.view(5, 4, 32).flatten(0, 1), w.view(5, 4, 32).flatten(0, 1)):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_batches_hold_every_sample_once_with_its_prompt_length():
     pairs = [([1] * (i % 5 + 1), [2] * (i % 7 + 1)) for i in range(23)]
     for seed in (None, 3):
         seen = []
-        for b in data.batches(pairs, 4, seed=seed):
+        for b in (data.collate(pairs, chunk) for chunk in data.chunks(pairs, 4, seed)):
             for tokens, prompt, n, response in zip(b.tokens, b.prompt_lengths, b.lengths, b.response):
                 assert tokens[:prompt].eq(1).all() and tokens[prompt:n].eq(2).all() and tokens[n:].eq(0).all()
                 assert torch.equal(response, tokens == 2)
@@ -162,3 +163,59 @@ def test_real_sets_are_read_whole(name, rows):
     if name == "gsm8k_test":
         assert all(data.correct(s.response, s.answer) for s in samples)
         assert not any("<<" in s.response for s in samples)
+
+
+def test_a_json_list_is_read_as_the_set_of_metamath_is_stored(tmp_path):
+    (tmp_path / "MetaMathQA.json").write_text(json.dumps(
+        [{"query": "1 + 1?", "response": "It is 2. #### 2\nThe answer is: 2", "type": "GSM_AnsAug",
+          "original_question": "2?"}]))
+    problem, = data.read_samples(tmp_path / "MetaMathQA.json")
+    assert (problem.question, problem.kind) == ("1 + 1?", "maths") and problem.response.startswith("It is 2.")
+    (tmp_path / "cut.json").write_text('[{"query": "1 +')
+    with pytest.raises(ValueError, match="cut.json is not valid JSON"):
+        data.read_samples(tmp_path / "cut.json")
+
+
+def test_skip_bad_names_what_it_leaves_out(tmp_path, capsys):
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n{"other": 1}\n\n'
+                    '{"prompt": "c", "response": "d"}\n')
+    with pytest.raises(ValueError, match="line 2.*--skip-bad"):
+        data.read_samples(file)
+    assert [p.question for p in data.read_samples(file, skip_bad=True)] == ["a", "c"]
+    assert "2 bad lines: 2, 3" in capsys.readouterr().err
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def download(repo, name, repo_type):
+        asked.append((repo, name, repo_type))
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(OSError, match="cannot fetch hf://datasets/meta-math/MetaMathQA/a/b.json: no network$"):
+        data.read_samples("hf://datasets/meta-math/MetaMathQA/a/b.json")
+    assert asked == [("meta-math/MetaMathQA", "a/b.json", "dataset")]
+
+
+def test_generated_samples_are_right_answers_and_a_killed_run_goes_on(tmp_path):
+    def run(file, *args):
+        done = subprocess.run([sys.executable, "data.py", "generate", "--batch", "8", "--n", "2", "--samples", "12",
+                               "--only-right", "--temperature", "1.0", "--out", str(file), *args],
+                              cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert run(whole)[0] == 0
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert len(rows) == 12 and all(data.correct(r["response"], r["answer"]) for r in rows)
+    assert not any(data.held_out(r["question"]) for r in rows)
+    assert len(data.read_samples(whole)) == 12
+    cut.write_bytes(whole.read_bytes()[:-150])  # in the middle of a line, as a kill leaves it
+    assert run(cut)[0] == 0
+    assert cut.read_bytes() == whole.read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"question": "mine", "answer": "keep"}\n')
+    assert run(other)[0] == 2 and "keep" in other.read_text()
