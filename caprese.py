@@ -281,7 +281,8 @@ class SparseFF(nn.Module):
         gate = self.act(self.gate_proj(x)).flatten()                                     # [F], dense
         rows = (gate.abs() >= self.tau.to(gate.dtype)).nonzero().flatten()               # [n]         (5)
         z = gate[rows] * dot_rows(self.up_proj.weight, rows, x.view(1, -1))              # [n]
-        return add_rows(self.down_rows, rows, z).view(x.shape) + self.fused(x)           #             (6)
+        out = add_rows(self.down_rows, rows, z).view(x.shape)                            # [1, 1, D]   (6)
+        return out + self.fused(x) if self.rank else out
 
 
 def dot_rows(weight, rows, x):
@@ -296,8 +297,9 @@ def dot_rows(weight, rows, x):
 
 
 def add_rows(weight, rows, z):
-    """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of columns share the work among threads."""
-    blocks = weight.shape[1] // math.gcd(512 // weight.element_size(), weight.shape[1])
+    """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of 512 bytes or more share the work of threads."""
+    most = max(1, weight.shape[1] * weight.element_size() // 512)
+    blocks = math.gcd(weight.shape[1], 1 << most.bit_length() - 1)
     at = rows * blocks + torch.arange(blocks)[:, None]  # [blocks, n]
     return F.embedding_bag(at, weight.view(len(weight) * blocks, -1), mode="sum",
                            per_sample_weights=z.expand(blocks, -1)).flatten()

@@ -213,10 +213,22 @@ def common_arguments(parser):
     parser.add_argument("--model", help="folder in the official layout or hub repo id (default: the embedded model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="default: float32 on a CPU, the checkpoint's own elsewhere")
+                        help="default: the checkpoint's own; on a CPU bfloat16 if it has instructions for it, else "
+                        "float32; for the embedded model float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
     return parser
+
+
+def default_dtype(device, model):
+    """Without --dtype: the checkpoint's own (None), but on a CPU what is fastest there.
+
+    That is bfloat16 where the CPU has instructions for it, else float32; float32 also for the embedded model (None).
+    """
+    if device.type != "cpu":
+        return None
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if model and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
 
 
 def load(args, onto=None):
@@ -226,7 +238,7 @@ def load(args, onto=None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else None
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device, args.model)
     folder = args.model or EMBEDDED
     model = Transformer.from_pretrained(folder, onto or device, dtype)
     return model, data.Tokenizer(resolve(folder))
