@@ -38,8 +38,7 @@ LATENCY_ROWS = {  # name: what caprese.attach takes; all: every layer, instead o
     "CATS + Caprese": {"method": "cats", "correction": "linear"},
 }
 PEER = "transformers"
-LATENCY_PAPER = """Qwen 2.5 14B on an L40, time to next token: full 41 ms, GRIFFIN 34, GRIFFIN + LoRA 37, GRIFFIN + Caprese 34
-(2048 + 256 tokens: 10.5, 8.7, 9.5, 8.7 s)"""
+LATENCY_PAPER = """Qwen 2.5 14B, L40, time to next token: full 41 ms, GRIFFIN 34, GRIFFIN + LoRA 37, + Caprese 34 (2048 + 256 tokens: 10.5, 8.7, 9.5, 8.7 s)"""
 
 
 def latency(args):
@@ -222,9 +221,8 @@ def show_latency(rows, args, out):
                "of saving": "{:.0%}"}
     memory = {"weights MB": "{:.0f}", "copies MB": "{:.0f}", "cache MB": "{:.0f}"}
     for formats in (columns, memory):
-        cells = [["row", "generated", *formats]] + [
-            [row["row"], str(row["generated"])] + ["-" if row[k] is None else f.format(row[k]) for k, f in formats.items()]
-            for row in rows]
+        show = lambda row: ["-" if row[key] is None else form.format(row[key]) for key, form in formats.items()]
+        cells = [["row", "generated", *formats]] + [[row["row"], str(row["generated"]), *show(row)] for row in rows]
         widths = [max(map(len, column)) for column in zip(*cells)]
         for line in cells:
             print("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:])]), file=out)
@@ -248,7 +246,7 @@ def draw_latency(rows, file):
     figure, ax = plt.subplots(figsize=(7, 0.5 * len(rows) + 1), layout="constrained")
     names = [f"{row['row']}, {row['generated']} generated" for row in rows]
     ax.barh(names, [row["ms per token"] for row in rows], label="measured", color="tab:blue")
-    ax.barh(names, [row["bound ms"] for row in rows], height=0.3, label="its bytes at the memory's speed", color="black")
+    ax.barh(names, [row["bound ms"] for row in rows], height=0.3, label="bytes at the memory's speed", color="black")
     ax.invert_yaxis()
     ax.set_xlabel("ms to the next token")
     figure.legend(loc="outside upper right", ncols=2, fontsize=7)

@@ -299,7 +299,7 @@ def dot_rows(weight, rows, x):
 
 
 def add_rows(weight, rows, z):
-    """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of 512 bytes or more share the work of threads."""
+    """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of 512 bytes and more occupy all threads."""
     most = max(1, weight.shape[1] * weight.element_size() // 512)
     blocks = math.gcd(weight.shape[1], 1 << most.bit_length() - 1)
     at = rows * blocks + torch.arange(blocks)[:, None]  # [blocks, n]

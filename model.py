@@ -496,7 +496,7 @@ class Step:
         """(CUDA graph of run(span), its logits)."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once for real: what libraries allocate on first use must not end up in the graph
+        with torch.cuda.stream(side):  # once for real: what libraries set up on first use is no part of the graph
             self.run(span)
             self.cache.move(-1)
         torch.cuda.current_stream().wait_stream(side)

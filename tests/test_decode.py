@@ -102,7 +102,7 @@ def test_rows_that_leave_change_nothing(family, way, reselect, monkeypatch):
     for ff in caprese.sparse_layers(model).values():
         ff.double()
     tokens, lengths = load_file(FIXTURES / family / "expected.safetensors")["tokens"], torch.tensor([4, 9, 6])
-    tokens = tokens.reshape(-1)[:27].view(3, 9) if tokens.numel() >= 27 else tokens.reshape(-1).repeat(9)[:27].view(3, 9)
+    tokens = tokens.reshape(-1).repeat(27)[:27].view(3, 9)
     free = sample.generate(model, tokens, 10, prompt_lengths=lengths, reselect=reselect)
     stops = (int(free[0, 1]), int(free[1, 6]))
     sizes, take = [], sample.take

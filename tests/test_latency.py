@@ -15,8 +15,8 @@ import caprese
 import sample
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULTS = {"model": None, "shape": "tiny", "device": "cpu", "dtype": "float32", "seed": 0, "prompt": 6, "generate": [4, 9],
-            "density": 0.5, "rank": 8, "reselect": None, "repeats": 2, "only": None, "peer": None}
+DEFAULTS = {"model": None, "shape": "tiny", "device": "cpu", "dtype": "float32", "seed": 0, "prompt": 6,
+            "generate": [4, 9], "density": 0.5, "rank": 8, "reselect": None, "repeats": 2, "only": None, "peer": None}
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def arguments(**changes):
 @pytest.mark.parametrize("reselect", [None, 3])
 def test_every_row(reselect):
     rows = bench.latency(arguments(reselect=reselect))
-    assert [(row["row"], row["generated"]) for row in rows] == [(name, n) for n in (4, 9) for name in bench.LATENCY_ROWS]
+    names = [(row["row"], row["generated"]) for row in rows]
+    assert names == [(name, n) for n in (4, 9) for name in bench.LATENCY_ROWS]
     for row in rows:
         assert 0 < row["min"] <= row["ms per token"] <= row["max"]
         assert row["total s"] > row["prefill s"] > 0
@@ -79,5 +80,6 @@ def test_command():
     assert done.returncode == 0, done.stderr
     assert [row["row"] for row in json.loads(done.stdout)["rows"]] == ["full", "GRIFFIN + Caprese"]
     assert "of bound" in done.stderr
-    done = subprocess.run([sys.executable, "bench.py", "latency", "--generate", "1"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "bench.py", "latency", "--generate", "1"], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 2 and "--generate" in done.stderr.splitlines()[-1]
