@@ -70,7 +70,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
         if stop_ids:
             token = torch.where(done, stops[0], token)
             done = done | torch.isin(token, stops)
-        ahead.append((token, on_host(done)))
+        ahead.append((token, on_host(done) if stop_ids else lambda: over))
         while len(ahead) > (LAG.get(device.type, 0) if stop_ids and i < max_new_tokens else 0):
             ready, ended = ahead.popleft()
             yield ready
