@@ -34,6 +34,7 @@ METHODS = {"griffin": ("GRIFFIN", "griffin", False, sample.EMBEDDED_DENSITY),
            "griffin-all": ("GRIFFIN all layers", "griffin", True, sample.EMBEDDED_DENSITY),
            "cats": ("CATS", "cats", False, 0.05),  # at 50% it costs so small a model nothing
            "int4": ("4-bit", "int4", False, 1.0)}
+RATIO = "ratio to full"
 SCORES = ("accuracy", "f1", "rouge1", "rouge2", "rougeL")
 RHO = {True: (32, 16, 8, 4), False: (1024, 256, 64)}  # the embedded model's answers have some 45 tokens
 DENSITIES = (0.2, 0.4, 0.6, 0.8)
@@ -127,7 +128,7 @@ class Bench:
     tokenizer = property(lambda self: self.loaded[1])
 
     def recipe(self, correction="linear"):
-        """distill.py's settings: the closed form, then E2E; a correction that has no closed form goes to E2E at once."""
+        """distill.py's settings: the closed form, then E2E; a correction without a closed form goes to E2E at once."""
         args = self.args
         flags = ["--seed", args.seed, "--correction", correction]
         flags += ["--layerwise", "closed" if correction == "linear" else "none"]
@@ -251,7 +252,7 @@ class Bench:
                 out.flush()
                 bar.update(len(chunk))
                 metric = metrics(next(iter(done.values())))[0]
-                bar.set_postfix({metric: f"{statistics.mean(a[metric] for a in done.values()):.3f}"})
+                bar.set_postfix({metric: f"{statistics.fmean(a[metric] for a in done.values()):.3f}"})
         caprese.reset(model)
         return [done[i, run] for i in range(len(problems)) for run in range(args.runs)]
 
@@ -286,11 +287,11 @@ def summary(answers, prefix=""):
     runs = [[a for a in answers if a["run"] == run] for run in sorted({a["run"] for a in answers})]
     row = {}
     for metric in metrics(answers[0]):
-        means = [statistics.mean(a[metric] for a in run) for run in runs]
+        means = [statistics.fmean(a[metric] for a in run) for run in runs]
         alone = statistics.pstdev(a[metric] for a in answers) / math.sqrt(len(answers))
-        row |= {f"{prefix}{metric}": statistics.mean(means),
+        row |= {f"{prefix}{metric}": statistics.fmean(means),
                 f"{prefix}{metric} ±": statistics.stdev(means) if len(runs) > 1 else alone}
-    return row | {f"{prefix}tokens": statistics.mean(a["tokens"] for a in answers)}
+    return row | {f"{prefix}tokens": statistics.fmean(a["tokens"] for a in answers)}
 
 
 def active_parameters(model):
@@ -361,7 +362,7 @@ def coverage(bench, args):
         share = active_parameters(bench.prepare(way)) / full
         for k in (k for k in (1, 2, 5, 10, 20, 50, 100) if k <= args.runs):
             passed = [pass_at_k(args.runs, int(c), k) for c in right]
-            rows.append({"method": way.name, "K": k, "compute": k * share, "coverage": statistics.mean(passed),
+            rows.append({"method": way.name, "K": k, "compute": k * share, "coverage": statistics.fmean(passed),
                          "coverage ±": statistics.pstdev(passed) / math.sqrt(len(passed))})
     return rows
 
@@ -409,19 +410,20 @@ def residual(bench, args):
                 left |= {f"L R rank {r}": linear_left(A, C, E, L[:, :r] @ R[:r]) for r in ranks}
                 for key, value in left.items():
                     errors.setdefault(key, []).append(math.sqrt(max(0.0, value / total)))
-            rows.append({"method": method, "density": density} | {k: statistics.mean(v) for k, v in errors.items()})
+            rows.append({"method": method, "density": density} | {k: statistics.fmean(v) for k, v in errors.items()})
     return rows
 
 
 def density(bench, args):
-    """Figure 5: accuracy against density, bare and with three ranks, of the first of --method."""
+    """Figure 5: accuracy against density, bare and with three ranks (layer-wise alone if --quick)."""
     rows, (name, problems) = [], first(bench.problems(args))
     title, method, everywhere, _ = METHODS[args.method[0]]
-    rank = bench.recipe().rank
+    layers = tuple(range(len(bench.model.layers))) if everywhere else None
+    rank, stage = bench.recipe().rank, "layer-wise" if args.quick else "E2E"
     for share in DENSITIES:
-        bare = Way(f"{title} {share}", method, tuple(range(len(bench.model.layers))) if everywhere else None, share)
+        bare = Way(f"{title} {share}", method, layers, share)
         for r in (0, rank // 2, rank, 2 * rank):
-            way = replace(bare, name=f"{bare.name} r{r}", rank=r, stage=args.stage) if r else bare
+            way = replace(bare, name=f"{bare.name} r{r}", rank=r, stage=stage) if r else bare
             answers = bench.answers(way, name, problems, args)
             rows.append({"method": title, "density": share, "rank": r, "stage": way.stage, **summary(answers)})
     return rows
@@ -451,10 +453,10 @@ def length(bench, args):
         for a in bench.answers(way, name, problems, args):
             for level in {problems[a["problem"]].level, "all"} - {None}:
                 tokens[way.name].setdefault(level, []).append(a["tokens"])
-    mean = lambda way, level: statistics.mean(tokens[way][level])
+    mean = lambda way, level: statistics.fmean(tokens[way][level])
     rows = [{"difficulty": level, "answers": len(tokens["full"][level])} | {way: mean(way, level) for way in tokens}
             for level in sorted(tokens["full"], key=lambda level: (level == "all", str(level).rjust(8)))]
-    return rows + [{"difficulty": "ratio to full", "answers": rows[-1]["answers"]}
+    return rows + [{"difficulty": RATIO, "answers": rows[-1]["answers"]}
                    | {way: mean(way, "all") / mean("full", "all") for way in tokens}]
 
 
@@ -470,7 +472,9 @@ def spectrum(bench, args):
     for way in bench.ways(args):
         layers = caprese.sparse_layers(bench.prepare(way)) if way.correction == "linear" else {}
         learned = {i: ff for i, ff in layers.items() if ff.rank and ff.correction == "linear"}
-        left = distill.residual_left(bench.model, bench.pairs[:500], bench.recipe()) if learned and bench.trainable else {}
+        left = {}
+        if learned and bench.trainable:
+            left = distill.residual_left(bench.model, bench.pairs[:500], bench.recipe())
         for i, ff in learned.items():
             values = singular_values(ff.L.data, ff.R.data)
             energy = values.square().cumsum(0) / values.square().sum()
@@ -496,22 +500,24 @@ def lines(x, y, by):
     return onto
 
 
-def columns(x, ylabel, chosen):
-    """A line for each column that is chosen by name, over column x; a first one alone is black."""
+def columns(x, ylabel, of):
+    """A line for each column of numbers, over column x, of the rows that `of` chooses."""
     def onto(ax, rows):
-        for key in filter(chosen, rows[0]):
+        rows = list(filter(of, rows))
+        for key in (key for key in rows[0] if key not in (x, "method", "answers")):
             ax.plot([str(r[x]) for r in rows], [r[key] for r in rows], "--o" if "best" in key else "-o", ms=3, label=key)
         ax.set(xlabel=x, ylabel=ylabel)
     return onto
 
 
-def bars(by, chosen, xlabel):
+def bars(by, xlabel, chosen):
     """A group of horizontal bars for each row, of the columns that are chosen by name."""
     def onto(ax, rows):
         keys = list(filter(chosen, rows[0]))
         for j, key in enumerate(keys):
             at = [i + (j + 0.5) * 0.8 / len(keys) - 0.4 for i in range(len(rows))]
-            ax.barh(at, [r[key] or 0 for r in rows], 0.8 / len(keys), xerr=[r.get(f"{key} ±", 0) for r in rows], label=key)
+            ax.barh(at, [r[key] or 0 for r in rows], 0.8 / len(keys), xerr=[r.get(f"{key} ±", 0) for r in rows],
+                    label=key)
         ax.set_yticks(range(len(rows)), [r[by] for r in rows])
         ax.invert_yaxis()
         ax.set(xlabel=xlabel)
@@ -527,20 +533,20 @@ def spectra(ax, rows):
 
 
 # What a flag means where it is not given: in general, and by command; with --quick the second of each two.
-DEFAULTS = {"limit": (500, 100), "runs": (1, 1), "batch": (128, 128), "temperature": (0.0, 0.0), "stage": ("E2E",) * 2,
+DEFAULTS = {"limit": (500, 100), "runs": (1, 1), "batch": (128, 128), "temperature": (0.0, 0.0),
             "method": (list(METHODS),) * 2}
 ALONE = {"batch": (1, 1), "limit": (200, 40)}  # what is timed answers one question at a time
 COMMANDS = {  # name: (function, what draws its rows, defaults of its own)
-    "accuracy": (accuracy, bars("method", lambda key: key.endswith(SCORES), "score"), {}),
+    "accuracy": (accuracy, bars("method", "score", lambda key: key.endswith(SCORES)), {}),
     "reselect": (reselect, lines("seconds", "accuracy", "method"), ALONE | {"method": (["griffin"],) * 2}),
     "coverage": (coverage, lines("compute", "coverage", "method"),
                  {"limit": (140, 30), "runs": (100, 20), "temperature": (0.6, 0.6), "method": (["griffin", "cats"],) * 2}),
-    "residual": (residual, columns("density", "relative error of the FF output", lambda k: "rank" in k or k == "alone"), {}),
-    "density": (density, lines("density", "accuracy", "rank"), {"stage": ("E2E", "layer-wise")}),
-    "params": (params, bars("model", lambda key: key.startswith("added %,"), "parameters added, percent"), {}),
-    "length": (length, columns("difficulty", "mean response length, tokens", lambda k: k not in ("difficulty", "answers")), {}),
+    "residual": (residual, columns("density", "relative error of the FF output", lambda row: row["method"] == "topk"), {}),
+    "density": (density, lines("density", "accuracy", "rank"), {}),
+    "params": (params, bars("model", "parameters added, percent", lambda key: key.startswith("added %,")), {}),
+    "length": (length, columns("difficulty", "mean response length, tokens", lambda row: row["difficulty"] != RATIO), {}),
     "spectrum": (spectrum, spectra, {"method": (["griffin", "griffin-all", "cats"],) * 2}),
-    "runtime": (runtime, bars("method", lambda key: key.startswith("seconds"), "seconds"),
+    "runtime": (runtime, bars("method", "seconds", lambda key: key.startswith("seconds")),
                 ALONE | {"method": (["griffin", "cats"],) * 2}),
 }
 
@@ -569,16 +575,15 @@ def arguments(argv=None):
     add("command", choices=(*COMMANDS, "all"))
     add("--data", action="append", default=[], metavar="FILE", help="problems to answer, JSONL; may be repeated "
         "(default: the embedded model's held-out ones)")
-    add("--train", action="append", default=[], metavar="FILE", help="samples with solutions, to learn L and R from; may "
-        "be repeated (default: the embedded model's own)")
-    add("--adapter", action="append", default=[], metavar="FILE", help="a row for this file of distill.py; may be repeated")
+    add("--train", action="append", default=[], metavar="FILE", help="samples with solutions, to learn L and R from; "
+        "may be repeated (default: the embedded model's own)")
+    add("--adapter", action="append", default=[], metavar="FILE", help="a row for a file of distill.py; may be repeated")
     add("--method", action="append", choices=METHODS, help="methods to compare; may be repeated (default: by command)")
     add("--density", type=float, help="share of neurons kept (default: 0.5; embedded model: "
         + ", ".join(f"{key} {m[3]}" for key, m in METHODS.items()) + ")")
-    add("--stage", choices=("layer-wise", "E2E"), help="of density (default: E2E; with --quick layer-wise)")
     add("--rank", type=int, help="r (default: 256, embedded model 32)")
     add("--samples", type=int, help="training samples at most (default: distill.py's; with --quick 1500)")
-    add("--limit", type=int, help="problems of each data set at most (default: 500, with --quick 100; less where timed)")
+    add("--limit", type=int, help="problems of each set at most (default: 500, with --quick 100; less where timed)")
     add("--runs", type=int, help="answers to each problem (default: 1; coverage 100, with --quick 20)")
     add("--batch", type=int, help="answers decoded side by side (default: 128; 1 where timed)")
     add("--temperature", type=float, help="default: 0, coverage 0.6")
