@@ -34,7 +34,7 @@ METHODS = {"griffin": ("GRIFFIN", "griffin", False, sample.EMBEDDED_DENSITY),
            "griffin-all": ("GRIFFIN all layers", "griffin", True, sample.EMBEDDED_DENSITY),
            "cats": ("CATS", "cats", False, 0.05),  # at 50% it costs so small a model nothing
            "int4": ("4-bit", "int4", False, 1.0)}
-RATIO = "ratio to full"
+ALL = ("all", "ratio to full")  # rows of length that are no difficulty
 SCORES = ("accuracy", "f1", "rouge1", "rouge2", "rougeL")
 RHO = {True: (32, 16, 8, 4), False: (1024, 256, 64)}  # the embedded model's answers have some 45 tokens
 DENSITIES = (0.2, 0.4, 0.6, 0.8)
@@ -112,6 +112,10 @@ class Way:
     adapter: str | None = None    # a file of distill.py, instead of all the above
     reselect: int | None = None   # rho, tokens
 
+    def stem(self):
+        """The beginning of its files' names."""
+        return " ".join(filter(None, (self.method or self.name, self.stage, self.correction * (self.rank > 0))))
+
 
 class Bench:
     """What the commands share: the model, its training pairs and its problems, each loaded when first asked for."""
@@ -127,13 +131,13 @@ class Bench:
     model = property(lambda self: self.loaded[0])
     tokenizer = property(lambda self: self.loaded[1])
 
-    def recipe(self, correction="linear"):
+    def recipe(self, rank=None, correction="linear"):
         """distill.py's settings: the closed form, then E2E; a correction without a closed form goes to E2E at once."""
         args = self.args
         flags = ["--seed", args.seed, "--correction", correction]
         flags += ["--layerwise", "closed" if correction == "linear" else "none"]
-        flags += ["--samples", args.samples] if args.samples else []
-        flags += ["--rank", args.rank] if args.rank else []
+        for flag, value in (("--samples", args.samples), ("--rank", rank or args.rank)):
+            flags += [flag, value] if value else []
         flags += ["--model", args.model, *(f for file in args.train for f in ("--data", file))] if args.model else []
         return distill.arguments(list(map(str, flags)))
 
@@ -154,8 +158,8 @@ class Bench:
         reading = data.problems("reading", -(-args.limit // 2), distill.EVALUATION_SEED, True, distinct=True)
         return {"maths": data.problems("maths", args.limit, distill.EVALUATION_SEED, True), "reading": reading}
 
-    def ways(self, args):
-        """The rows: full, each method bare and after each stage, LoRA where it is defined, and --adapter files."""
+    def ways(self, args, stages=("layer-wise", "E2E"), lora=False):
+        """The rows: full, each method bare and after these stages, LoRA beside GRIFFIN, and --adapter files."""
         yield Way("full")
         for name, method, everywhere, density in (METHODS[key] for key in args.method):
             layers = tuple(range(len(self.model.layers))) if everywhere else None
@@ -163,9 +167,9 @@ class Bench:
             yield bare
             if self.trainable:
                 learned = replace(bare, rank=self.recipe().rank)
-                for stage in ("layer-wise", "E2E"):
+                for stage in stages:
                     yield replace(learned, name=f"{name} + {stage}", stage=stage)
-                if method != "int4" and not everywhere:
+                if lora and name == "GRIFFIN":
                     yield replace(learned, name=f"{name} + LoRA", stage="E2E", correction="lora")
         for file in args.adapter:
             yield Way(Path(file).stem, adapter=file)
@@ -176,8 +180,8 @@ class Bench:
         if way.adapter:
             about["adapter"] = hashlib.sha256(Path(way.adapter).read_bytes()).hexdigest()
         if way.stage:
-            about["recipe"] = {k: v for k, v in vars(self.recipe(way.correction)).items()
-                               if k not in ("model", "device", "json", "dtype", "rank", "density", "method", "out")}
+            about["recipe"] = {k: v for k, v in vars(self.recipe(way.rank, way.correction)).items()
+                               if k not in ("model", "device", "json", "dtype")}
         return about
 
     def file(self, stem, about, suffix):
@@ -197,8 +201,8 @@ class Bench:
         caprese.attach(model, way.method, way.density, way.layers, way.rank, way.correction)
         if not way.stage:
             return model
-        recipe = self.recipe(way.correction)
-        file = self.file(f"{way.method} {way.stage}", self.identity(replace(way, reselect=None)), "safetensors")
+        recipe = self.recipe(way.rank, way.correction)
+        file = self.file(way.stem(), self.identity(replace(way, reselect=None)), "safetensors")
         if file.exists():
             return caprese.load_adapter(model, file)
         if way.stage == "layer-wise":
@@ -232,7 +236,7 @@ class Bench:
         """
         model = self.prepare(way)
         about = self.identity(way) | {k: getattr(args, k) for k in ("seed", "temperature", "top_p", "max_new_tokens")}
-        file = self.file(f"{name} {way.name}", about | {"alone": args.batch == 1}, "jsonl")
+        file = self.file(f"{name} {way.stem()}", about | {"alone": args.batch == 1}, "jsonl")
         done = {(a["problem"], a["run"]): a for a in read_answers(file)
                 if a["problem"] < len(problems) and a["question"] == problems[a["problem"]].question}
         missing = [(i, run) for i in range(len(problems)) for run in range(args.runs) if (i, run) not in done]
@@ -308,7 +312,7 @@ def active_parameters(model):
 def accuracy(bench, args):
     """Tables 1, 4, 6 and 7: every method on every data set."""
     rows, sets = [], bench.problems(args)
-    for way in bench.ways(args):
+    for way in bench.ways(args, lora=True):
         row = {"method": way.name, "active parameters (M)": active_parameters(bench.prepare(way)) / 1e6}
         for name, problems in sets.items():
             row |= summary(bench.answers(way, name, problems, args), f"{name} ")
@@ -331,7 +335,7 @@ def timing(answers):
 def reselect(bench, args):
     """Table 3: accuracy and time against rho, the tokens between two reselections."""
     rows, (name, problems) = [], first(bench.problems(args))
-    for way in bench.ways(args):
+    for way in bench.ways(args, ["E2E"]):
         for rho in (None, *RHO[not args.model]) if way.method or way.adapter else (None,):
             answers = bench.answers(replace(way, reselect=rho), name, problems, args)
             rows.append({"method": way.name, "rho": rho, **summary(answers), **timing(answers)})
@@ -341,7 +345,7 @@ def reselect(bench, args):
 def runtime(bench, args):
     """Time to a right answer: a method that answers longer, or wrongly, is not faster. The paper has no such table."""
     rows, (name, problems) = [], first(bench.problems(args))
-    for way in bench.ways(args):
+    for way in bench.ways(args, ["E2E"]):
         answers = bench.answers(way, name, problems, args)
         rows.append({"method": way.name, **summary(answers), **timing(answers)})
     return rows
@@ -356,7 +360,7 @@ def coverage(bench, args):
     """Figure 3: pass@K with an oracle verifier, against the relative compute K times the active share of parameters."""
     rows, (name, problems) = [], first(bench.problems(args))
     full = active_parameters(bench.prepare(Way("full")))
-    for way in bench.ways(args):
+    for way in bench.ways(args, ["E2E"]):
         answers = bench.answers(way, name, problems, args)
         right = [sum(a["accuracy"] for a in answers if a["problem"] == i) for i in range(len(problems))]
         share = active_parameters(bench.prepare(way)) / full
@@ -381,9 +385,13 @@ def residual_moments(model, pairs, size):
     return {i: sums[ff] for i, ff in caprese.sparse_layers(model).items()}
 
 
-def best_rank(E, rank):
-    """Energy of a residual with E = e^T e [D, D] beyond its best rank-r approximation: the smaller singular values."""
-    return torch.linalg.eigvalsh(E)[:-rank].clamp_min(0).sum()
+def best_rank_left(E):
+    """[D + 1]: what the best rank-r approximation of a residual leaves of its energy, r = 0..D, from E = e^T e [D, D].
+
+    It leaves the squares of all but the r largest singular values of e (Eckart and Young).
+    """
+    squares = torch.linalg.eigvalsh(E).clamp_min(0)  # smallest first
+    return torch.cat([squares.new_zeros(1), squares.cumsum(0)]).flip(0)
 
 
 def linear_left(A, C, E, M):
@@ -406,7 +414,8 @@ def residual(bench, args):
             errors = {}
             for i, (A, C, E, total) in residual_moments(model, pairs[-unseen:], recipe.rows).items():
                 L, R, _ = distill.closed_form(*seen[i][:2], max(ranks))
-                left = {"alone": E.trace()} | {f"best rank {r}": best_rank(E, r) for r in ranks}
+                best = best_rank_left(E)
+                left = {"alone": E.trace()} | {f"best rank {r}": best[r] for r in ranks}
                 left |= {f"L R rank {r}": linear_left(A, C, E, L[:, :r] @ R[:r]) for r in ranks}
                 for key, value in left.items():
                     errors.setdefault(key, []).append(math.sqrt(max(0.0, value / total)))
@@ -456,7 +465,7 @@ def length(bench, args):
     mean = lambda way, level: statistics.fmean(tokens[way][level])
     rows = [{"difficulty": level, "answers": len(tokens["full"][level])} | {way: mean(way, level) for way in tokens}
             for level in sorted(tokens["full"], key=lambda level: (level == "all", str(level).rjust(8)))]
-    return rows + [{"difficulty": RATIO, "answers": rows[-1]["answers"]}
+    return rows + [{"difficulty": ALL[1], "answers": rows[-1]["answers"]}
                    | {way: mean(way, "all") / mean("full", "all") for way in tokens}]
 
 
@@ -494,7 +503,8 @@ def lines(x, y, by):
     def onto(ax, rows):
         for value in dict.fromkeys(r[by] for r in rows):
             mine = [r for r in rows if r[by] == value]
-            ax.errorbar([r[x] for r in mine], [r[y] for r in mine], [r.get(f"{y} ±", 0) for r in mine], fmt="-o", ms=3,
+            at = [r[x] if isinstance(r[x], float) else str(r[x] or "none") for r in mine]
+            ax.errorbar(at, [r[y] for r in mine], [r.get(f"{y} ±", 0) for r in mine], fmt="-o", ms=3,
                         label=f"{by} {value}" if isinstance(value, int) else value)
         ax.set(xlabel=x, ylabel=y)
     return onto
@@ -505,7 +515,8 @@ def columns(x, ylabel, of):
     def onto(ax, rows):
         rows = list(filter(of, rows))
         for key in (key for key in rows[0] if key not in (x, "method", "answers")):
-            ax.plot([str(r[x]) for r in rows], [r[key] for r in rows], "--o" if "best" in key else "-o", ms=3, label=key)
+            line = "--o" if "best" in key else "-o"
+            ax.plot([str(r[x]) for r in rows], [r[key] for r in rows], line, ms=3, label=key)
         ax.set(xlabel=x, ylabel=ylabel)
     return onto
 
@@ -536,18 +547,19 @@ def spectra(ax, rows):
 DEFAULTS = {"limit": (500, 100), "runs": (1, 1), "batch": (128, 128), "temperature": (0.0, 0.0),
             "method": (list(METHODS),) * 2}
 ALONE = {"batch": (1, 1), "limit": (200, 40)}  # what is timed answers one question at a time
+TWO = (["griffin", "cats"],) * 2
 COMMANDS = {  # name: (function, what draws its rows, defaults of its own)
     "accuracy": (accuracy, bars("method", "score", lambda key: key.endswith(SCORES)), {}),
-    "reselect": (reselect, lines("seconds", "accuracy", "method"), ALONE | {"method": (["griffin"],) * 2}),
+    "reselect": (reselect, lines("rho", "accuracy", "method"), ALONE | {"method": (["griffin"],) * 2}),
     "coverage": (coverage, lines("compute", "coverage", "method"),
-                 {"limit": (140, 30), "runs": (100, 20), "temperature": (0.6, 0.6), "method": (["griffin", "cats"],) * 2}),
-    "residual": (residual, columns("density", "relative error of the FF output", lambda row: row["method"] == "topk"), {}),
+                 {"limit": (140, 30), "runs": (100, 20), "temperature": (0.6, 0.6), "method": TWO}),
+    "residual": (residual, columns("density", "relative error of the FF", lambda row: row["method"] == "topk"), {}),
     "density": (density, lines("density", "accuracy", "rank"), {}),
     "params": (params, bars("model", "parameters added, percent", lambda key: key.startswith("added %,")), {}),
-    "length": (length, columns("difficulty", "mean response length, tokens", lambda row: row["difficulty"] != RATIO), {}),
+    "length": (length, columns("difficulty", "response length, tokens", lambda row: row["difficulty"] not in ALL), {}),
     "spectrum": (spectrum, spectra, {"method": (["griffin", "griffin-all", "cats"],) * 2}),
     "runtime": (runtime, bars("method", "seconds", lambda key: key.startswith("seconds")),
-                ALONE | {"method": (["griffin", "cats"],) * 2}),
+                ALONE | {"method": TWO}),
 }
 
 
@@ -562,7 +574,7 @@ def draw(command, rows, file):
     import matplotlib.pyplot as plt
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     COMMANDS[command][1](ax, rows)
-    ax.legend(fontsize=6)
+    figure.legend(loc="outside right upper", fontsize=6)
     figure.savefig(f"{file}.tmp", format=Path(file).suffix[1:] or "png", dpi=110)
     plt.close(figure)
     os.replace(f"{file}.tmp", file)
@@ -577,7 +589,7 @@ def arguments(argv=None):
         "(default: the embedded model's held-out ones)")
     add("--train", action="append", default=[], metavar="FILE", help="samples with solutions, to learn L and R from; "
         "may be repeated (default: the embedded model's own)")
-    add("--adapter", action="append", default=[], metavar="FILE", help="a row for a file of distill.py; may be repeated")
+    add("--adapter", action="append", default=[], metavar="FILE", help="a row for this file of distill.py; repeatable")
     add("--method", action="append", choices=METHODS, help="methods to compare; may be repeated (default: by command)")
     add("--density", type=float, help="share of neurons kept (default: 0.5; embedded model: "
         + ", ".join(f"{key} {m[3]}" for key, m in METHODS.items()) + ")")
@@ -594,7 +606,7 @@ def arguments(argv=None):
     add("--plot", metavar="FILE", help="draw the rows (needs matplotlib); with all, FILE-command.png each")
     args = parser.parse_args(argv)
     for key in ("rank", "samples", "limit", "runs", "batch", "max_new_tokens"):
-        if (getattr(args, key) or 1) < 1:
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at least 1")
     if (args.runs or 1) > 1 and args.temperature == 0:
         raise ValueError("--runs of the same greedy answer tell nothing; give a --temperature above 0")
