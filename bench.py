@@ -18,6 +18,7 @@ import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -161,9 +162,9 @@ class Bench:
     def ways(self, args, stages=("layer-wise", "E2E"), lora=False):
         """The rows: full, each method bare and after these stages, LoRA beside GRIFFIN, and --adapter files."""
         yield Way("full")
-        for name, method, everywhere, density in (METHODS[key] for key in args.method):
+        for name, method, everywhere, share in (METHODS[key] for key in args.method):
             layers = tuple(range(len(self.model.layers))) if everywhere else None
-            bare = Way(name, method, layers, args.density or (0.5 if args.model else density))
+            bare = Way(name, method, layers, args.density or (0.5 if args.model else share))
             yield bare
             if self.trainable:
                 learned = replace(bare, rank=self.recipe().rank)
@@ -236,14 +237,15 @@ class Bench:
         """
         model = self.prepare(way)
         about = self.identity(way) | {k: getattr(args, k) for k in ("seed", "temperature", "top_p", "max_new_tokens")}
-        file = self.file(f"{name} {way.stem()}", about | {"alone": args.batch == 1}, "jsonl")
+        file = self.file(f"{name} {way.stem()}", about | {"timed": args.device * (args.batch == 1)}, "jsonl")
         done = {(a["problem"], a["run"]): a for a in read_answers(file)
                 if a["problem"] < len(problems) and a["question"] == problems[a["problem"]].question}
         missing = [(i, run) for i in range(len(problems)) for run in range(args.runs) if (i, run) not in done]
         if args.batch == 1 and missing:
             self.decode(problems[:1], way, args, 0)  # warm-up, not timed
-        with open(file, "a", encoding="utf-8") as out, tqdm(total=len(problems) * args.runs, initial=len(problems)
-                * args.runs - len(missing), desc=f"{name} {way.name}", leave=False, disable=None) as bar:
+        total = len(problems) * args.runs
+        bar = tqdm(total=total, initial=total - len(missing), desc=f"{name} {way.name}", leave=False, disable=None)
+        with bar, open(file, "a", encoding="utf-8") as out:
             for chunk in batches(missing, args.batch, args.runs):
                 seed, start = zlib.crc32(f"{args.seed} {chunk[0]}".encode()), time.perf_counter()
                 texts = self.decode([problems[i] for i, _ in chunk], way, args, seed)
@@ -273,7 +275,7 @@ def read_answers(file):
 
 def batches(jobs, size, runs):
     """Batches of (problem, run): of different problems if each has one run, else of one problem's runs."""
-    groups = [jobs] if runs == 1 else [[j for j in jobs if j[0] == i] for i in dict.fromkeys(i for i, _ in jobs)]
+    groups = [jobs] if runs == 1 else [list(group) for _, group in groupby(jobs, key=lambda job: job[0])]
     for group in groups:
         yield from (group[at:at + size] for at in range(0, len(group), size))
 
@@ -321,8 +323,11 @@ def accuracy(bench, args):
 
 
 def first(sets):
-    """(name, problems) of the first data set, for the commands that measure on one."""
-    return next(iter(sets.items()))
+    """(name, problems) of the first data set whose answers are right or wrong; ValueError if there is none."""
+    for name, problems in sets.items():
+        if problems[0].kind not in ("passage", "summary"):
+            return name, problems
+    raise ValueError("this needs problems whose answers are right or wrong, not F1 or ROUGE: give other --data")
 
 
 def timing(answers):
@@ -408,8 +413,8 @@ def residual(bench, args):
     rows, pairs, recipe = [], bench.pairs, bench.recipe()
     unseen, ranks = max(1, len(pairs) // 5), (recipe.rank // 2, recipe.rank, 2 * recipe.rank)
     for method in ("topk", "griffin", "cats"):
-        for density in tqdm(DENSITIES, desc=method, leave=False, disable=None):
-            model = caprese.attach(bench.model, method, density, range(len(bench.model.layers)))
+        for share in tqdm(DENSITIES, desc=method, leave=False, disable=None):
+            model = caprese.attach(bench.model, method, share, range(len(bench.model.layers)))
             seen = residual_moments(model, pairs[:-unseen], recipe.rows)
             errors = {}
             for i, (A, C, E, total) in residual_moments(model, pairs[-unseen:], recipe.rows).items():
@@ -419,7 +424,7 @@ def residual(bench, args):
                 left |= {f"L R rank {r}": linear_left(A, C, E, L[:, :r] @ R[:r]) for r in ranks}
                 for key, value in left.items():
                     errors.setdefault(key, []).append(math.sqrt(max(0.0, value / total)))
-            rows.append({"method": method, "density": density} | {k: statistics.fmean(v) for k, v in errors.items()})
+            rows.append({"method": method, "density": share} | {k: statistics.fmean(v) for k, v in errors.items()})
     return rows
 
 
@@ -428,7 +433,7 @@ def density(bench, args):
     rows, (name, problems) = [], first(bench.problems(args))
     title, method, everywhere, _ = METHODS[args.method[0]]
     layers = tuple(range(len(bench.model.layers))) if everywhere else None
-    rank, stage = bench.recipe().rank, "layer-wise" if args.quick else "E2E"
+    rank, stage = bench.pairs and bench.recipe().rank, "layer-wise" if args.quick else "E2E"
     for share in DENSITIES:
         bare = Way(f"{title} {share}", method, layers, share)
         for r in (0, rank // 2, rank, 2 * rank):
@@ -616,8 +621,8 @@ def arguments(argv=None):
         import importlib.util
         if not importlib.util.find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
-        if not Path(args.plot).absolute().parent.is_dir():
-            raise ValueError(f"the folder of --plot {args.plot} does not exist")
+        if not Path(args.plot).absolute().parent.is_dir() or Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+            raise ValueError(f"--plot {args.plot} must be a .png, .svg or .pdf in a folder that exists")
     args.samples = args.samples or (1500 if args.quick else None)
     args.max_new_tokens = args.max_new_tokens or (2048 if args.model else 128)
     return args
@@ -629,8 +634,9 @@ def main():
     for command in COMMANDS if args.command == "all" else [args.command]:
         mine = settings(args, command)
         function = COMMANDS[command][0]
-        print(f"\n{command}: {' '.join(function.__doc__.split())}\nOn {args.model or 'the embedded model'}, "
-              f"{args.device}; answers and adapters in {args.out}.\n", file=out)
+        what = " ".join(function.__doc__.split("\n\n")[0].split())
+        print(f"\n{command}: {what}\nOn {args.model or 'the embedded model'}, {args.device}; answers and adapters in "
+              f"{args.out}.\n", file=out)
         start = time.perf_counter()
         rows, theirs = function(bench, mine), textwrap.dedent(PAPER.get(command, ""))
         found[command] = {"rows": rows, "paper": theirs, "seconds": time.perf_counter() - start}

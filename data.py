@@ -447,7 +447,7 @@ BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluati
 
 
 def read_problems(file, count=None):
-    """Evaluation problems from a JSONL file, the first `count` at most; the response that they come with is not kept.
+    """Evaluation problems from a JSONL file or a JSON list, the first `count` at most, without their responses.
 
     GSM8K: question, answer (ending in `#### N`). MATH, AMC, AIME, SVAMP, MultiArith: problem, answer (and level).
     Multiple choice: question, options (a list), answer (a letter or a position); or GPQA's own columns, their options
@@ -455,17 +455,16 @@ def read_problems(file, count=None):
     Raises OSError, or ValueError naming the bad line.
     """
     out = []
-    with open(file, encoding="utf-8") as lines:
-        for n, line in enumerate(lines, 1):
-            if len(out) == count:
-                break
-            try:
-                question, answer, kind, level = _problem(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-                raise ValueError(f"{file}, line {n}: not a problem ({type(e).__name__}: {e}); it needs question and "
-                                 "answer, problem and answer, question, options and answer, context, question and "
-                                 "answer, or prompt and reference") from None
-            out.append(Problem(f"{question}\n{BOXED[kind]}" if kind in BOXED else question, "", answer, kind, level))
+    for n, row in rows(file):
+        if len(out) == count:
+            break
+        try:
+            question, answer, kind, level = _problem(json.loads(row) if isinstance(row, str) else row)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"{file}, line {n}: not a problem ({type(e).__name__}: {e}); it needs question and "
+                             "answer, problem and answer, question, options and answer, context, question and "
+                             "answer, or prompt and reference") from None
+        out.append(Problem(f"{question}\n{BOXED[kind]}" if kind in BOXED else question, "", answer, kind, level))
     if not out:
         raise ValueError(f"{file} holds no problems")
     return out
