@@ -337,23 +337,19 @@ def timing(answers):
             "seconds to a right answer": seconds / right if right else None}
 
 
-def reselect(bench, args):
-    """Table 3: accuracy and time against rho, the tokens between two reselections."""
+def runtime(bench, args, rhos=(None,)):
+    """Time to a right answer: a method that answers longer, or wrongly, is not faster. The paper has no such table."""
     rows, (name, problems) = [], first(bench.problems(args))
     for way in bench.ways(args, ["E2E"]):
-        for rho in (None, *RHO[not args.model]) if way.method or way.adapter else (None,):
+        for rho in rhos if way.method or way.adapter else [None]:
             answers = bench.answers(replace(way, reselect=rho), name, problems, args)
             rows.append({"method": way.name, "rho": rho, **summary(answers), **timing(answers)})
     return rows
 
 
-def runtime(bench, args):
-    """Time to a right answer: a method that answers longer, or wrongly, is not faster. The paper has no such table."""
-    rows, (name, problems) = [], first(bench.problems(args))
-    for way in bench.ways(args, ["E2E"]):
-        answers = bench.answers(way, name, problems, args)
-        rows.append({"method": way.name, **summary(answers), **timing(answers)})
-    return rows
+def reselect(bench, args):
+    """Table 3: accuracy and time against rho, the tokens between two reselections."""
+    return runtime(bench, args, (None, *RHO[not args.model]))
 
 
 def pass_at_k(n, right, k):

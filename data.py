@@ -299,7 +299,8 @@ def _braced(text):
 
 def plain(text):
     """An answer without what only sets its type: markdown, dollar signs around it, LaTeX's spaces and fonts."""
-    text = re.sub("[−–]", "-", text).replace("**", "").replace("\\$", "\0").replace("{,}", ",")
+    text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", re.sub("[−–]", "-", text))  # **bold**, and not 2**3
+    text = text.replace("\\$", "\0").replace("{,}", ",")
     text = re.sub(r"\$([^$]*)\$", r"\1", text).replace("\0", "$").replace("\\%", "%")
     text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*{([^{}]*)}", r" \1 ", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,()\[\]]", "", text))
@@ -356,7 +357,7 @@ def same_number(a, b):
 def choice(text):
     """The letter A..J of a multiple choice answer such as B, (B), B. or (B) Paris; None if it is not one of them."""
     found = OPTION.fullmatch(re.sub(r"^([a-j]|\([a-j]\))$", lambda m: m[1].upper(), plain(text)))
-    more = found and re.match(r"(?:and|or|nor|but|not|is)\b|[,/&]|\(?[A-J]\)?(?:$|[).:])", found[2] or "")
+    more = found and re.search(r"^(?:and|or|nor|but|not|is)\b|^[,/&]|^[A-J](?:$|[).:])|\([A-J]\)", found[2] or "")
     return found[1] if found and not more else None
 
 

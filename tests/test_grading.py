@@ -78,6 +78,7 @@ WRONG = [
     (r"\boxed{x = 5, 6}", "6"), (r"\boxed{x \in \{5\}}", "6"), (r"\boxed{(1,2)}", "12"), ("#### seventeen", "17"),
     ("#### Step 17: conclude", "17"), ("#### 17. Add the numbers", "17"), ("#### 1" * 3, "111"), ("#### 0.333", "1/3"),
     ("#### 33", "33.3"), ("#### 99.99", "100"), ("#### ∞", "0"), ("#### nan", "nan eggs"),
+    ("#### 2**3", "23"), ("#### 2^3", "23"),
     # units, money, percent
     ("#### 5 hours", "5 minutes"), ("#### 5 minutes", "300 seconds"), ("#### 18 cents", "$18"), ("#### £18", "$18"),
     ("#### 5 million", "5"), ("#### 5", "5 million"), ("#### 5 dozen", "5"), ("#### 5 and a half", "5"),
@@ -92,7 +93,7 @@ WRONG = [
     ("The answer is (A).", "B"), ("The answer is (A) and (B).", "A"), ("The answer is (A) and (B).", "B"),
     ("A or B", "A"), ("The answer is A or B", "A"), ("The answer is A, B", "A"), ("The answer is A. B", "B"),
     ("The answer is (A)(B)", "A"), ("The answer is a cat", "A"), ("The answer is A cat", "A"), ("I think so", "I"),
-    ("Answer: not B", "B"), ("The answer is (A) is wrong", "A"), (r"\boxed{AB}", "A"), (r"\boxed{AB}", "B"),
+    ("The answer is (A): no, (B)", "A"), ("Answer: not B", "B"), ("The answer is (A) is wrong", "A"), (r"\boxed{AB}", "A"), (r"\boxed{AB}", "B"),
     ("Answer: 2", "B"), ("B is what I mean", "B"), ("The answer is Beijing", "B"), ("#### Oslo", "Rome"),
     ("#### Oslo or Rome", "Rome"), (r"\boxed{B}", "27"), (r"\boxed{\textbf{(E) }27}", "28"),
     (r"\boxed{\frac{\pi}{2}}", r"\frac{\pi}{3}"), (r"\boxed{(1,2)}", "(2,1)"), (r"\boxed{[1,2]}", "(1,2)"),
