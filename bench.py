@@ -558,16 +558,20 @@ COMMANDS = {  # name: (function, what draws its rows, defaults of its own)
     "density": (density, lines("density", "accuracy", "rank"), {}),
     "params": (params, bars("model", "parameters added, percent", lambda key: key.startswith("added %,")), {}),
     "length": (length, columns("difficulty", "response length, tokens", lambda row: row["difficulty"] not in ALL), {}),
-    "spectrum": (spectrum, spectra, {"method": (["griffin", "griffin-all", "cats"],) * 2}),
+    "spectrum": (spectrum, spectra, {"method": (["griffin", "cats", "griffin-all"],) * 2}),
     "runtime": (runtime, bars("method", "seconds", lambda key: key.startswith("seconds")),
                 ALONE | {"method": TWO}),
 }
+NEED_SAMPLES = ("residual", "density", "spectrum")  # `all` on a --model without --train goes without them
 
 
 def settings(args, command):
-    """The flags of one command, its defaults filled in."""
+    """The flags of one command, its defaults filled in; ValueError for several runs of the same greedy answer."""
     defaults = {k: v[args.quick] for k, v in (DEFAULTS | COMMANDS[command][2]).items()}
-    return argparse.Namespace(**vars(args) | {k: v for k, v in defaults.items() if getattr(args, k) is None})
+    mine = argparse.Namespace(**vars(args) | {k: v for k, v in defaults.items() if getattr(args, k) is None})
+    if mine.runs > 1 and mine.temperature == 0:
+        raise ValueError("--runs of the same greedy answer tell nothing; give a --temperature above 0")
+    return mine
 
 
 def draw(command, rows, file):
@@ -576,7 +580,7 @@ def draw(command, rows, file):
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     COMMANDS[command][1](ax, rows)
     figure.legend(loc="outside right upper", fontsize=6)
-    figure.savefig(f"{file}.tmp", format=Path(file).suffix[1:] or "png", dpi=110)
+    figure.savefig(f"{file}.tmp", format=Path(file).suffix[1:], dpi=110)
     plt.close(figure)
     os.replace(f"{file}.tmp", file)
 
@@ -609,8 +613,6 @@ def arguments(argv=None):
     for key in ("rank", "samples", "limit", "runs", "batch", "max_new_tokens"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at least 1")
-    if (args.runs or 1) > 1 and args.temperature == 0:
-        raise ValueError("--runs of the same greedy answer tell nothing; give a --temperature above 0")
     if args.train and not args.model:
         raise ValueError("--train is for a --model; the embedded one has its own problems")
     if args.plot:
@@ -627,7 +629,8 @@ def arguments(argv=None):
 def main():
     args = arguments()
     bench, out, found = Bench(args), sys.stderr if args.json else sys.stdout, {}
-    for command in COMMANDS if args.command == "all" else [args.command]:
+    able = [name for name in COMMANDS if bench.trainable or name not in NEED_SAMPLES]
+    for command in able if args.command == "all" else [args.command]:
         mine = settings(args, command)
         function = COMMANDS[command][0]
         what = " ".join(function.__doc__.split("\n\n")[0].split())

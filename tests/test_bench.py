@@ -155,7 +155,7 @@ def test_every_command_runs_on_the_embedded_model(out, command, flags, keys, mon
 @pytest.mark.parametrize("runs", [1, 3])
 def test_a_killed_run_goes_on_to_the_same_table(tmp_path, out, monkeypatch, runs):
     """Killed in the middle of a line, it decodes what is missing and nothing else."""
-    flags = ["--method", "cats", "--temperature", "0.9", "--runs", str(runs), "--batch", "2", "--out", str(tmp_path)]
+    flags = ["--temperature", "0.9", "--runs", str(runs), "--batch", "2", "--out", str(tmp_path)]
     args = bench.arguments(["accuracy", "--device", "cpu", "--limit", "6", *flags, "--max-new-tokens", "24"])
     run, way = bench.Bench(args), bench.Way("CATS", "cats", density=0.1)
     problems, decoded = data.problems("maths", 6, 5, True), []
@@ -248,7 +248,8 @@ def test_without_matplotlib_plot_says_so_before_any_work(monkeypatch, capsys):
     (["accuracy", "--train", "x.jsonl"], "--train"),
     (["accuracy", "--model", "models/tiny-math", "--data", "nothing.jsonl"], "nothing.jsonl"),
     (["accuracy", "--limit", "0"], "--limit"),
-    (["accuracy", "--runs", "3", "--temperature", "0"], "--temperature"),
+    (["accuracy", "--runs", "3"], "--temperature"),
+    (["coverage", "--temperature", "0"], "--temperature"),
     (["accuracy", "--density", "7", "--limit", "1"], "density"),
     (["spectrum", "--model", "models/tiny-math"], "--adapter"),
 ])
