@@ -633,7 +633,7 @@ def generate(args):
     """
     import sample  # here alone this file needs the model
     model, tokenizer = sample.load(args)
-    asked = read_samples(args.data, skip_bad=args.skip_bad) if args.data else problems("maths", args.samples, args.seed)
+    asked = read_problems(args.data) if args.data else problems("maths", args.samples, args.seed)
     size = max(1, args.batch // args.n)  # questions to a block
     kept = _complete_blocks(args.out)
     first = kept[-1]["block"] + 1 if kept else 0
@@ -687,12 +687,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     add = sample.common_arguments(commands.add_parser("generate", help=generate.__doc__.splitlines()[0])).add_argument
-    add("--data", help="questions with their answers, as for distill.py (default: the embedded model's own problems)")
+    add("--data", help="questions with their answers, JSONL, as for bench.py (default: the embedded model's own)")
     add("--out", default="generated.jsonl", help="default: %(default)s")
     add("--samples", type=int, default=20000, help="stop at so many (default: %(default)s, as in the paper)")
     add("--n", type=int, default=1, help="answers to each question (default: %(default)s)")
     add("--only-right", action="store_true", help="keep answers that the grading accepts")
-    add("--skip-bad", action="store_true", help="leave out lines of --data that are no samples")
     add("--temperature", type=float, default=0.6)
     add("--top-p", type=float, default=0.95)
     add("--max-new-tokens", type=int, default=1024, help="longer answers are left out (default: %(default)s)")
