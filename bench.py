@@ -599,7 +599,7 @@ def arguments(argv=None):
     add("--density", type=float, help="share of neurons kept (default: 0.5; embedded model: "
         + ", ".join(f"{key} {m[3]}" for key, m in METHODS.items()) + ")")
     add("--rank", type=int, help="r (default: 256, embedded model 32)")
-    add("--samples", type=int, help="training samples at most (default: distill.py's; with --quick 1500)")
+    add("--samples", type=int, help="training samples at most (default: distill.py's; with --quick 1000)")
     add("--limit", type=int, help="problems of each set at most (default: 500, with --quick 100; less where timed)")
     add("--runs", type=int, help="answers to each problem (default: 1; coverage 100, with --quick 20)")
     add("--batch", type=int, help="answers decoded side by side (default: 128; 1 where timed)")
@@ -621,7 +621,7 @@ def arguments(argv=None):
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
         if not Path(args.plot).absolute().parent.is_dir() or Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
             raise ValueError(f"--plot {args.plot} must be a .png, .svg or .pdf in a folder that exists")
-    args.samples = args.samples or (1500 if args.quick else None)
+    args.samples = args.samples or (1000 if args.quick else None)
     args.max_new_tokens = args.max_new_tokens or (2048 if args.model else 128)
     return args
 
