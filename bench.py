@@ -28,7 +28,7 @@ import caprese
 import data
 import distill
 import sample
-from model import Config, Transformer
+from model import Config, Transformer, resolve
 
 # Rows of a table: name, caprese's method, all layers instead of the paper's choice, density on the embedded model.
 METHODS = {"griffin": ("GRIFFIN", "griffin", False, sample.EMBEDDED_DENSITY),
@@ -93,6 +93,12 @@ PAPER = {  # their numbers, beside ours; accuracies in percent
     "params": """
         r = 256 adds  percent of all parameters  percent of the FF parameters
         their models  0.8 to 1.3                 1.2 to 2""",
+    "latency": """
+        Qwen 2.5 14B on an L40  full    GRIFFIN  + LoRA  + Caprese
+        ms to the next token    41      34       37      34
+        2048 + 256 tokens       10.5 s  8.7 s    9.5 s   8.7 s
+        2048 + 2048 tokens      84.4 s  70.3 s   76.5 s  70.4 s
+        2048 + 8192 tokens      344.9 s 287.7 s  312.5 s 288.8 s""",
     "length": """
         against the full model  mean response length
         Caprese                 up to 8.5% shorter
@@ -497,6 +503,208 @@ def spectrum(bench, args):
     return rows
 
 
+# ---- latency: one token at a time, beside what its bytes allow
+
+LATENCY_ROWS = {  # name: what caprese.attach takes; all: every layer, instead of the paper's choice for the method
+    "full": None,
+    "GRIFFIN": {"method": "griffin"},
+    "GRIFFIN + LoRA": {"method": "griffin", "correction": "lora"},
+    "GRIFFIN + Caprese": {"method": "griffin", "correction": "linear"},
+    "GRIFFIN all layers": {"method": "griffin", "all": True},
+    "GRIFFIN + Caprese all layers": {"method": "griffin", "correction": "linear", "all": True},
+    "CATS": {"method": "cats"},
+    "CATS + Caprese": {"method": "cats", "correction": "linear"},
+}
+PEER = "transformers"
+
+
+def latency(bench, args):
+    """Table 5: time to the next token at batch 1, beside what the bytes that it reads would take."""
+    model = latency_model(args)
+    on_gpu = model.device.type == "cuda"
+    prompt_length = args.prompt or (2048 if on_gpu else 128)
+    lengths = args.generate or ([256] if on_gpu else [32])
+    prompt = torch.randint(model.config.vocab_size, (1, prompt_length), device=model.device,
+                           generator=torch.Generator(model.device).manual_seed(args.seed))
+    names = [name for name in LATENCY_ROWS if not args.only or name in args.only] + ([PEER] if args.peer else [])
+    peer = transformers_peer(model, args) if args.peer else None
+    times = {(name, n): [] for n in lengths for name in names}  # (prefill, total) in seconds, one for each round
+    about, speeds = {}, []
+    for _ in range(args.repeats):  # rows take turns, so that what else the machine does hits all alike
+        speeds.append(memory_speed(model.device))
+        for name, n in times:
+            way = LATENCY_ROWS.get(name)
+            attach_row(model, way, args)
+            run = peer if name == PEER else ours
+            run(model, prompt, n if on_gpu else 3, args.reselect)  # on a GPU: graphs for each length are recorded here
+            times[name, n].append(run(model, prompt, n, args.reselect))
+            about[name, n] = account(model, way, prompt_length, n, args.reselect)
+    return [latency_row(name, n, times, about[name, n], statistics.median(speeds)) for name, n in times]
+
+
+def attach_row(model, way, args):
+    """Set the model up for one row."""
+    caprese.detach(model)
+    if way:
+        layers = range(len(model.layers)) if way.get("all") else None
+        rank = args.rank or min(256, model.config.hidden_size // 8)
+        caprese.attach(model, way["method"], args.density or 0.5, layers, rank if "correction" in way else 0,
+                       way.get("correction", "linear"))
+
+
+def ours(model, prompt, generate, reselect):
+    """(seconds to the first token, seconds to the last) of one prompt by sample.stream."""
+    start = clock(model.device)
+    steps = sample.stream(model, prompt, generate, reselect=reselect)
+    next(steps)
+    first = clock(model.device)
+    for _ in steps:
+        pass
+    return first - start, clock(model.device) - start
+
+
+def clock(device):
+    """Seconds; on a GPU, once all that was asked of it is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def latency_row(name, n, times, about, speed):
+    """One row of the table from all rounds' times; speed in bytes per second."""
+    rounds = times[name, n]
+    per_token = [(total - prefill) / (n - 1) for prefill, total in rounds]
+    full = [(total - prefill) / (n - 1) for prefill, total in times.get(("full", n), [])]
+    seconds, bound = statistics.median(per_token), about["bytes"] / speed
+    # Compared within each round, and then the median: noise that lasts is in both.
+    ratio = statistics.median(a / b for a, b in zip(per_token, full)) if full else None
+    by_bytes = about["bytes"] / about["full_bytes"]
+    return {"row": name, "generated": n,
+            "prefill s": statistics.median(prefill for prefill, _ in rounds),
+            "total s": statistics.median(total for _, total in rounds),
+            "ms per token": 1e3 * seconds, "min": 1e3 * min(per_token), "max": 1e3 * max(per_token),
+            "tokens/s": 1 / seconds, "active M": about["active"] / 1e6, "MB per token": about["bytes"] / 1e6,
+            "GB/s": about["bytes"] / seconds / 1e9, "bound ms": 1e3 * bound, "of bound": bound / seconds,
+            "ratio": ratio, "by bytes": by_bytes,
+            "of saving": (1 - ratio) / (1 - by_bytes) if ratio and by_bytes < 1 else None,
+            "weights MB": about["weights"] / 1e6, "copies MB": about["copies"] / 1e6, "cache MB": about["cache"] / 1e6}
+
+
+def account(model, way, prompt, generate, reselect):
+    """What a row reads for each token and what it holds, in parameters and bytes; the method's own need, however run.
+
+    A reselection pass reads the full model once; the cache is read as far as it is filled, on average.
+    """
+    config, size = model.config, model.dtype.itemsize
+    numbers = lambda tensors: sum(t.numel() for t in tensors)
+    ffs = caprese.sparse_layers(model).values()
+    learned = [p for ff in ffs for p in ff.learned().values()]
+    weights = numbers(model.parameters()) - numbers(learned)
+    full = weights - (0 if config.tie_word_embeddings else model.model["embed_tokens"].weight.numel())
+    F_, active = config.intermediate_size, full
+    for ff in ffs:
+        matrices = {"griffin": 3, "cats": 2}[ff.method]  # that are read in part: CATS needs all of the gate
+        active -= round(matrices * config.hidden_size * (F_ - ff.kept))
+        for name, p in ff.learned().items():  # LoRA's factors lose the dropped neurons as well
+            active += p.numel() * ff.kept // F_ if F_ in p.shape and ff.method == "griffin" else p.numel()
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
+    read = position * (prompt + generate / 2)
+    full_bytes, sparse_bytes = full * size + read, active * size + read
+    rho = reselect if ffs else None
+    copies = {t.data_ptr(): t.numel() * t.element_size() for ff in ffs for t in vars(ff).values()
+              if isinstance(t, torch.Tensor)}  # parameters and buffers of a module are elsewhere
+    return {"active": active, "full_bytes": full_bytes, "weights": weights * size,
+            "bytes": (sparse_bytes * (rho - 1) + full_bytes) / rho if rho else sparse_bytes,
+            "copies": sum(copies.values()) + 4 * numbers(learned), "cache": position * (prompt + generate)}
+
+
+def memory_speed(device, size=1 << 29):
+    """Bytes per second: on a GPU of a copy, read and write together; on a CPU of a sum, for decoding only reads."""
+    block = torch.ones(size // 4, device=device)
+    other = torch.empty_like(block) if device.type == "cuda" else None
+    seconds = []
+    for _ in range(7):
+        start = clock(device)
+        block.sum() if other is None else other.copy_(block)
+        seconds.append(clock(device) - start)
+    return size * (1 if other is None else 2) / min(seconds)
+
+
+def latency_model(args):
+    """The model of --model, or one of --shape with random weights, made in place in its device and dtype."""
+    if not args.shape:
+        return sample.load(args)[0]
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(SHAPES[args.shape]))
+    dtype = getattr(torch, args.dtype) if args.dtype else sample.default_dtype(torch.device(args.device), args.shape)
+    dtype = dtype or torch.bfloat16
+    model = model.to(dtype).to_empty(device=args.device).requires_grad_(False).eval()
+    block = torch.randn(1_000_003, device=args.device).mul_(0.02).to(dtype)  # a prime: no two rows are alike
+    for p in model.parameters():
+        for part in p.data.view(-1).split(len(block)):
+            part.copy_(block[:len(part)] if p.dim() > 1 else torch.ones_like(part))
+    return model
+
+
+def transformers_peer(model, args):
+    """A function like `ours` that runs Hugging Face generate on the very same weights, in the same memory."""
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("--peer transformers needs it: pip install transformers") from None
+    transformers.logging.set_verbosity_error()
+    config = (transformers.AutoConfig.from_pretrained(resolve(args.model)) if not args.shape
+              else transformers.AutoConfig.for_model(**SHAPES[args.shape]))
+    with torch.device("meta"):
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
+    left = theirs.load_state_dict(model.state_dict(), strict=False, assign=True)
+    theirs.tie_weights()
+    if left.unexpected_keys or set(left.missing_keys) - {"lm_head.weight"}:
+        raise ValueError(f"transformers names its weights differently: {left}")
+    for name, table in list(theirs.named_buffers()):  # tables that follow from the config, and are in no checkpoint
+        if table.is_meta:
+            owner = theirs.get_submodule(name.rpartition(".")[0])
+            owner.register_buffer(name.rpartition(".")[2], peer_table(owner, name, config, model), persistent=False)
+
+    def run(_, prompt, generate, reselect):
+        marks = [clock(prompt.device)]
+        for n in (1, generate):
+            theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n, min_new_tokens=n,
+                            do_sample=False, pad_token_id=0)
+            marks.append(clock(prompt.device))
+        return marks[1] - marks[0], marks[2] - marks[1]
+
+    return run
+
+
+def peer_table(owner, name, config, model):
+    """A buffer of transformers' model that is in no checkpoint: rotary frequencies, Gemma's scale."""
+    if name.endswith("embed_scale"):
+        return torch.tensor(config.hidden_size ** 0.5, device=model.device)
+    with torch.device(model.device):
+        return getattr(type(owner)(config), name.rpartition(".")[2])
+
+
+def latency_table(rows):
+    """Times and bytes, then memory, then the two ratios that the goals are about."""
+    times = {"prefill s": "{:.2f}", "total s": "{:.2f}", "ms per token": "{:.2f}", "min": "{:.2f}", "max": "{:.2f}",
+             "tokens/s": "{:.1f}", "active M": "{:.0f}", "MB per token": "{:.0f}", "GB/s": "{:.1f}",
+             "bound ms": "{:.2f}", "of bound": "{:.0%}", "ratio": "{:.3f}", "by bytes": "{:.3f}", "of saving": "{:.0%}"}
+    memory = {"weights MB": "{:.0f}", "copies MB": "{:.0f}", "cache MB": "{:.0f}"}
+    parts = []
+    for formats in (times, memory):
+        parts.append(distill.table([{k: row[k] for k in ("row", "generated")}
+                                    | {k: None if row[k] is None else f.format(row[k]) for k, f in formats.items()}
+                                    for row in rows]))
+    found = {(row["row"], row["generated"]): row["ms per token"] for row in rows}
+    for n in dict.fromkeys(row["generated"] for row in rows):
+        for one, other in (("GRIFFIN + Caprese", "GRIFFIN"), ("GRIFFIN + Caprese all layers", "GRIFFIN all layers"),
+                           (PEER, "full")):
+            if (one, n) in found and (other, n) in found:
+                parts.append(f"{one} over {other}, {n} generated: {found[one, n] / found[other, n]:.3f}")
+    return "\n\n".join(parts[:2]) + "\n\n" + "\n".join(parts[2:])
+
+
 # ---- pictures: rows onto matplotlib axes
 
 def lines(x, y, by):
@@ -544,6 +752,15 @@ def spectra(ax, rows):
     ax.set(title=rows[-1]["method"], ylabel="singular value over the largest")
 
 
+def latency_bars(ax, rows):
+    """Time to the next token and its bound, a pair of bars for each row."""
+    names = [f"{row['row']}, {row['generated']} generated" for row in rows]
+    ax.barh(names, [row["ms per token"] for row in rows], label="measured", color="tab:blue")
+    ax.barh(names, [row["bound ms"] for row in rows], 0.3, label="its bytes at the memory's speed", color="black")
+    ax.invert_yaxis()
+    ax.set(xlabel="ms to the next token")
+
+
 # What a flag means where it is not given: in general, and by command; with --quick the second of each two.
 DEFAULTS = {"limit": (500, 100), "runs": (1, 1), "batch": (128, 128), "temperature": (0.0, 0.0),
             "method": (list(METHODS),) * 2}
@@ -561,7 +778,9 @@ COMMANDS = {  # name: (function, what draws its rows, defaults of its own)
     "spectrum": (spectrum, spectra, {"method": (["griffin", "cats", "griffin-all"],) * 2}),
     "runtime": (runtime, bars("method", "seconds", lambda key: key.startswith("seconds")),
                 ALONE | {"method": TWO}),
+    "latency": (latency, latency_bars, {"shape": (None, "smollm2-135m"), "repeats": (5, 3)}),
 }
+SHOW = {"latency": latency_table}  # how a table is printed, where not as distill.table does it
 NEED_SAMPLES = ("residual", "density", "spectrum")  # `all` on a --model without --train goes without them
 
 
@@ -569,6 +788,10 @@ def settings(args, command):
     """The flags of one command, its defaults filled in; ValueError for several runs of the same greedy answer."""
     defaults = {k: v[args.quick] for k, v in (DEFAULTS | COMMANDS[command][2]).items()}
     mine = argparse.Namespace(**vars(args) | {k: v for k, v in defaults.items() if getattr(args, k) is None})
+    if args.model:
+        mine.shape = args.shape
+    elif not mine.shape:
+        mine.shape = "qwen2.5-14b" if torch.device(args.device).type == "cuda" else "llama-3.2-1b"
     if mine.runs > 1 and mine.temperature == 0:
         raise ValueError("--runs of the same greedy answer tell nothing; give a --temperature above 0")
     return mine
@@ -609,8 +832,19 @@ def arguments(argv=None):
     add("--quick", action="store_true", help="fewer problems, samples and runs")
     add("--out", default="runs", help="folder of answers and adapters, to be reused (default: %(default)s)")
     add("--plot", metavar="FILE", help="draw the rows (needs matplotlib); with all, FILE-command.png each")
+    only = parser.add_argument_group("latency alone").add_argument
+    only("--shape", choices=SHAPES, help="random weights of this shape (default, without --model: llama-3.2-1b, on a GPU "
+         "qwen2.5-14b, with --quick smollm2-135m)")
+    only("--prompt", type=int, help="prompt tokens (default: 128, on a GPU 2048)")
+    only("--generate", type=int, nargs="+", help="generated tokens, one or several numbers (default: 32, on a GPU 256)")
+    only("--reselect", type=int, help="rho: reselect every so many tokens (default: never)")
+    only("--repeats", type=int, help="rounds; the table shows medians (default: 5, with --quick 3)")
+    only("--only", nargs="+", metavar="ROW", choices=LATENCY_ROWS, help="these rows: " + ", ".join(LATENCY_ROWS))
+    only("--peer", choices=[PEER], help="a row of Hugging Face generate on the same weights")
     args = parser.parse_args(argv)
-    for key in ("rank", "samples", "limit", "runs", "batch", "max_new_tokens"):
+    if min(args.generate or [2]) < 2:
+        raise ValueError("--generate must be at least 2: the first token comes from the prefill")
+    for key in ("prompt", "reselect", "repeats", "rank", "samples", "limit", "runs", "batch", "max_new_tokens"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at least 1")
     if args.train and not args.model:
@@ -634,12 +868,13 @@ def main():
         mine = settings(args, command)
         function = COMMANDS[command][0]
         what = " ".join(function.__doc__.split("\n\n")[0].split())
-        print(f"\n{command}: {what}\nOn {args.model or 'the embedded model'}, {args.device}; answers and adapters in "
-              f"{args.out}.\n", file=out)
+        shape = command == "latency" and mine.shape and f"{mine.shape} with random weights"
+        print(f"\n{command}: {what}\nOn {shape or args.model or 'the embedded model'}, {args.device} "
+              f"({torch.get_num_threads()} CPU threads); answers and adapters in {args.out}.\n", file=out)
         start = time.perf_counter()
         rows, theirs = function(bench, mine), textwrap.dedent(PAPER.get(command, ""))
         found[command] = {"rows": rows, "paper": theirs, "seconds": time.perf_counter() - start}
-        print(distill.table(rows) + (theirs and f"\n\nThe paper's numbers, on its models:\n{theirs}"), file=out)
+        print(SHOW.get(command, distill.table)(rows) + (theirs and f"\n\nThe paper's numbers, on its models:\n{theirs}"), file=out)
         if args.plot:
             plot = Path(args.plot)
             draw(command, rows, plot.with_stem(f"{plot.stem}-{command}") if args.command == "all" else plot)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 
 import torch
 from torch import nn
@@ -98,11 +99,10 @@ class SparseFF(nn.Module):
                 self.G = down(D, rank)
         if method == "int4":
             self.quantised = [quantise(p.weight) for p in (ff.gate_proj, ff.up_proj, ff.down_proj)]
-        self.buffers_at = None
         self.reset()
 
     def reset(self):
-        """Forget the sequences seen so far."""
+        """Forget the sequences seen so far; the compact buffers stay where they are."""
         self.s = self.tau = self.mask = None
         self.compact = False
 
@@ -162,15 +162,21 @@ class SparseFF(nn.Module):
 
     def select(self, compact=True):
         """Take the top-k of s (4). One selection for all rows goes to the compact buffers, unless compact is False."""
-        if self.method != "griffin":
-            return
-        top = self.s.topk(self.kept, dim=-1).indices  # [B, k]
-        whole = type(self.gate_proj.weight) is nn.Parameter  # no shard of it: there is nothing to gather from
-        self.compact = compact and whole and len(top) == 1 and self.correction != "lora"
-        if self.compact:
-            self.gather(top[0])
-        else:
-            self.mask = torch.zeros_like(self.s, dtype=torch.bool).scatter_(1, top, True)
+        compact = compact and type(self.gate_proj.weight) is nn.Parameter  # of a shard there is nothing to gather
+        if self.method == "griffin":
+            top = self.s.topk(self.kept, dim=-1).indices.sort(dim=-1).values  # [B, k], ascending as in memory
+            self.compact = compact and len(top) == 1
+            if self.compact:
+                self.mask = None
+                self.gather(top[0])
+            else:
+                self.mask = torch.zeros_like(self.s, dtype=torch.bool).scatter_(1, top, True)
+        elif self.method == "cats" and compact and len(self.tau) == 1:
+            self.tau = self.buffer("tau_k", 1, dtype=self.tau.dtype).copy_(self.tau)
+            # Single rows of memory are worth picking on a CPU; a GPU does better with the dense products.
+            self.compact = self.correction != "lora" and self.tau.device.type == "cpu"
+            if self.compact:
+                self.stand_by()
 
     def sparsify(self, gate, z):
         """What the method leaves of z [B, T, F]; the rest is zero."""
@@ -210,28 +216,93 @@ class SparseFF(nn.Module):
         """FF_sparse(x) plus the correction, the masked path."""
         return self.bare(x, gate, z) + self.correct(x)
 
+    def buffer(self, name, *shape, dtype=None):
+        """The tensor self.<name> of this shape, in the weights' dtype, where it was before if it was there."""
+        like, old = self.gate_proj.weight, getattr(self, name, None)
+        dtype = dtype or like.dtype
+        if old is None or (old.shape, old.dtype, old.device) != (shape, dtype, like.device):
+            setattr(self, name, torch.empty(shape, dtype=dtype, device=like.device))
+        return getattr(self, name)
+
+    @torch.no_grad()
     def gather(self, top):
         """Copy neurons top [k] into [Wg_k], [W1_k | L], [W2_k ; R]; the buffers keep their addresses.
 
-        A gated correction is r neurons more: its G stands below Wg_k.
+        A gated correction is r neurons more: its G stands below Wg_k. LoRA's factors stay by themselves.
         """
-        k, (D, r), gates = self.kept, self.L.shape, self.kept + self.rank * (self.correction == "gated")
-        if self.buffers_at != (self.gate_proj.weight.device, self.gate_proj.weight.dtype, r):
-            new = self.gate_proj.weight.new_empty
-            self.gate_k, self.up_k, self.down_k = new(gates, D), new(k + r, D), new(D, k + r)
-            self.buffers_at = (self.gate_proj.weight.device, self.gate_proj.weight.dtype, r)
-        with torch.no_grad():
-            self.gate_k[:k] = self.gate_proj.weight[top]
+        k, D, lora = len(top), self.gate_proj.in_features, self.correction == "lora"
+        r = 0 if lora else self.L.shape[1]
+        gate = self.buffer("gate_k", k + r * (self.correction == "gated"), D)
+        up, down = self.buffer("up_k", k + r, D), self.buffer("down_k", D, k + r)
+        torch.index_select(self.gate_proj.weight, 0, top, out=gate[:k])
+        torch.index_select(self.up_proj.weight, 0, top, out=up[:k])
+        torch.gather(self.down_proj.weight, 1, top.expand(D, -1), out=down[:, :k])
+        if lora:
+            for name, p in self.learned().items():
+                at = {"gate_B": (slice(None), top), "up_B": (slice(None), top), "down_A": top}.get(name, slice(None))
+                self.buffer(f"{name}_k", *p[at].T.shape).copy_(p[at].T)
+        else:
+            up[k:], down[:, k:] = self.L.T, self.R.T
             if self.correction == "gated":
-                self.gate_k[k:] = self.G.T
-            self.up_k[:k], self.up_k[k:] = self.up_proj.weight[top], self.L.T
-            self.down_k[:, :k], self.down_k[:, k:] = self.down_proj.weight[:, top], self.R.T
+                gate[k:] = self.G.T
 
     def decode(self, x):
-        """The compact path, fused: x [B, T, D] -> [B, T, D] by three small dense products."""
-        z = F.linear(x, self.up_k)                                   # x [W1_k, L]                     (9)
-        z[..., :len(self.gate_k)] *= self.act(F.linear(x, self.gate_k))  # times [act(x Wg_k), 1_r]    (9)
-        return F.linear(z, self.down_k)                              # z+ [W2_k ; R]                  (10)
+        """The compact path: x [B, T, D] -> [B, T, D]."""
+        if self.method == "cats":
+            return self.decode_cats(x)
+        if self.correction == "lora":
+            return self.decode_lora(x)
+        return self.fused(x)
+
+    def fused(self, x):
+        """FF_sparse(x) + x L R by three small dense products: x [B, T, D] -> [B, T, D]."""
+        z = F.linear(x, self.up_k)                                       # x [W1_k, L]                     (9)
+        z[..., :len(self.gate_k)] *= self.act(F.linear(x, self.gate_k))  # times [act(x Wg_k), 1_r]        (9)
+        return F.linear(z, self.down_k)                                  # z+ [W2_k ; R]                  (10)
+
+    def decode_lora(self, x):
+        """W_k + A B_k for each matrix: two products, one after the other, beside each of the three."""
+        low_rank = lambda x, A, B: F.linear(F.linear(x, A), B)
+        gate = self.act(F.linear(x, self.gate_k) + low_rank(x, self.gate_A_k, self.gate_B_k))
+        z = gate * (F.linear(x, self.up_k) + low_rank(x, self.up_A_k, self.up_B_k))
+        return F.linear(z, self.down_k) + low_rank(z, self.down_A_k, self.down_B_k)
+
+    @torch.no_grad()
+    def stand_by(self):
+        """CATS knows its neurons only token by token: gather none, but the correction, and W2 by neuron [F, D]."""
+        self.gather(torch.empty(0, dtype=torch.long))
+        if not hasattr(self, "down_rows"):
+            self.down_rows = self.down_proj.weight.T.contiguous()
+
+    def decode_cats(self, x):
+        """(5)(6) for one token [1, 1, D], reading of W1 and W2 only the rows whose gate passes; + x L R."""
+        if x.shape[0] * x.shape[1] > 1:  # tokens differ in their rows
+            return self.sparse(x, *self.neurons(x))
+        gate = self.act(self.gate_proj(x)).flatten()                                     # [F], dense
+        rows = (gate.abs() >= self.tau.to(gate.dtype)).nonzero().flatten()               # [n]         (5)
+        z = gate[rows] * dot_rows(self.up_proj.weight, rows, x.view(1, -1))              # [n]
+        out = add_rows(self.down_rows, rows, z).view(x.shape)                            # [1, 1, D]   (6)
+        return out + self.fused(x) if self.rank else out
+
+
+def dot_rows(weight, rows, x):
+    """weight[rows] @ x: weight [N, D], rows [n] ascending, x [1, D] -> [n]. Reads those rows only, where torch can."""
+    if weight.dtype not in (torch.float32, torch.float64):
+        return F.linear(x, weight).flatten()[rows]  # the dense product is faster than one on copies of the rows
+    with warnings.catch_warnings():  # torch calls sparse tensors a beta
+        warnings.simplefilter("ignore")
+        want = torch.sparse_csr_tensor(torch.tensor([0, len(rows)]), rows, x.new_zeros(len(rows)), (1, len(weight)),
+                                       check_invariants=False)
+    return torch.sparse.sampled_addmm(want, x, weight.T, beta=0.0).values()
+
+
+def add_rows(weight, rows, z):
+    """z @ weight[rows]: weight [N, D], rows [n], z [n] -> [D]. Blocks of 512 bytes or more share the work of threads."""
+    most = max(1, weight.shape[1] * weight.element_size() // 512)
+    blocks = math.gcd(weight.shape[1], 1 << most.bit_length() - 1)
+    at = rows * blocks + torch.arange(blocks)[:, None]  # [blocks, n]
+    return F.embedding_bag(at, weight.view(len(weight) * blocks, -1), mode="sum",
+                           per_sample_weights=z.expand(blocks, -1)).flatten()
 
 
 def attach(model, method="griffin", density=0.5, layers=None, rank=0, correction="linear"):
@@ -285,13 +356,18 @@ def select(model, compact=True):
         ff.select(compact)
 
 
-def repeat(model, times):
-    """Continue each row `times` times, as Cache.repeat does; a selection that all rows share stays as it is."""
+def fixed(model):
+    """Does a decode step find all of its state at the same addresses, whatever the prompt and the selection?"""
+    return all(ff.mask is None and ff.tau is getattr(ff, "tau_k", None) for ff in sparse_layers(model).values())
+
+
+def take(model, rows):
+    """Continue with these rows [n] only, as Cache.take does; a selection that all rows share stays as it is."""
     for ff in sparse_layers(model).values():
         for name in ("s", "mask", "tau"):
             state = getattr(ff, name)
             if state is not None and len(state) > 1:
-                setattr(ff, name, state.repeat_interleave(times, dim=0))
+                setattr(ff, name, state[rows])
 
 
 def added_parameters(model):

@@ -190,18 +190,25 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Preallocated keys and values, each layer [B, S, K, d]. Row b holds lengths[b] tokens.
+    """Preallocated keys and values, each layer [B, K, S, d]. Row b holds lengths[b] tokens.
 
     max_length is the largest of lengths, known on the host so that no step waits for the device.
     ragged says that lengths differ between rows; then keys beyond a row's length are masked.
+    span, if set, is the number of positions that a call reads whatever the rows hold, the rest being masked: then
+    nothing about the call depends on the host's max_length, as a captured graph needs it.
     """
 
     def __init__(self, config, rows, positions, device, dtype):
-        shape = (rows, positions, config.num_key_value_heads, config.head_dim)
+        shape = (rows, config.num_key_value_heads, positions, config.head_dim)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
-        self.max_length, self.ragged = 0, False
+        self.max_length, self.ragged, self.span = 0, False, None
+
+    @property
+    def positions(self):
+        """S, the most tokens that a row can hold."""
+        return self.k[0].shape[2]
 
     def move(self, tokens):
         """Advance (or, if negative, rewind) every row by this many tokens."""
@@ -213,21 +220,22 @@ class Cache:
         self.lengths.copy_(lengths)
         self.max_length, self.ragged = int(lengths.max()), bool((lengths != lengths[0]).any())
 
-    def repeat(self, times):
-        """Continue every row `times` times: B rows become B * times."""
-        self.k, self.v = ([t.repeat_interleave(times, dim=0) for t in layers] for layers in (self.k, self.v))
-        self.lengths = self.lengths.repeat_interleave(times)
+    def take(self, rows):
+        """Continue with these rows [n] int64 only; a row may be taken several times."""
+        self.k, self.v = ([t[rows] for t in layers] for layers in (self.k, self.v))
+        self.lengths = self.lengths[rows]
+        self.set_lengths(self.lengths)
 
     def write(self, layer, k, v, positions):
-        """Store k, v [B, T, K, d] at positions [B, T]; return all keys and values up to the last position."""
-        if self.ragged:
+        """Store k, v [B, K, T, d] at positions [B, T]; return all keys and values that this call reads."""
+        end = self.max_length + k.shape[2]
+        if self.ragged or self.span:
             rows = torch.arange(len(k), device=k.device)[:, None]
-            self.k[layer][rows, positions], self.v[layer][rows, positions] = k, v
+            self.k[layer][rows, :, positions] = k.transpose(1, 2)
+            self.v[layer][rows, :, positions] = v.transpose(1, 2)
         else:
-            at = slice(self.max_length, self.max_length + k.shape[1])
-            self.k[layer][:, at], self.v[layer][:, at] = k, v
-        end = self.max_length + k.shape[1]
-        return self.k[layer][:, :end], self.v[layer][:, :end]
+            self.k[layer][:, :, self.max_length:end], self.v[layer][:, :, self.max_length:end] = k, v
+        return self.k[layer][:, :, :self.span or end], self.v[layer][:, :, :self.span or end]
 
 
 def attention_mask(positions, keys, window):
@@ -256,27 +264,33 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))  # [B,T,H|K,d]
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.write(self.layer, k, v, positions)  # [B, S, K, d]
-        out = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)  # [B, H, T, d]
-        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
+            k, v = cache.write(self.layer, k, v, positions)  # [B, K, S, d]
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, mask):
-        """mask: a bool tensor, or True for causal over these tokens alone, or None for everything."""
-        gqa = q.shape[1] != k.shape[1]
+        """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
+
+        mask: bool [B, 1, T, S], or True for causal over these tokens alone, or None for everything.
+        """
+        shape, (B, K, S, _) = q.shape, k.shape
+        if shape[2] == 1:  # the heads that share keys stand side by side like tokens: no key is read or copied twice
+            q = q.reshape(B, K, -1, self.head_dim)
+        gqa = q.shape[1] != K
         if not self.softcap:
             causal = mask is True
             return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal,
-                                                  scale=self.scale, enable_gqa=gqa)
+                                                  scale=self.scale, enable_gqa=gqa).reshape(shape)
         # tanh sits between the scores and the softmax (Gemma 2), which the fused kernel has no place for.
-        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        if gqa:
+            k, v = (t.repeat_interleave(q.shape[1] // K, dim=1) for t in (k, v))
         scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
         if mask is True:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+            mask = torch.ones(q.shape[2], S, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v
+        return (torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v).reshape(shape)
 
 
 class FeedForward(nn.Module):
@@ -328,6 +342,7 @@ class Transformer(nn.Module):
         })
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.last_step = None
 
     @property
     def layers(self):
@@ -345,6 +360,19 @@ class Transformer(nn.Module):
         """An empty Cache for rows sequences of at most this many tokens."""
         return Cache(self.config, rows, positions, self.device, self.dtype)
 
+    def new_step(self, rows, positions):
+        """A Step with an empty cache. On CUDA that is the last one, with its graphs, if it was of this kind."""
+        blocks, last = [layer.mlp for layer in self.layers], self.last_step  # a graph is of these very blocks
+        if last and last.blocks == blocks and len(last.tokens) == rows and last.cache.positions >= positions:
+            last.cache.set_lengths(torch.zeros_like(last.cache.lengths))
+            return last
+        self.last_step = None  # gone before the next one needs the memory
+        if self.device.type != "cuda":
+            return Step(self, self.new_cache(rows, positions), blocks)
+        positions = min(-(-positions // 1024) * 1024, self.config.max_position_embeddings)
+        self.last_step = Step(self, self.new_cache(rows, positions), blocks)
+        return self.last_step
+
     def hidden(self, tokens, cache=None, generated=None):
         """Final embedding, after the last norm and before the head: tokens [B, T] int64 -> [B, T, D].
 
@@ -355,8 +383,8 @@ class Transformer(nn.Module):
         T, config = tokens.shape[1], self.config
         start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.lengths
         positions = start[:, None] + torch.arange(T, device=tokens.device)  # [B or 1, T]
-        end = T + (cache.max_length if cache is not None else 0)
-        ragged = cache is not None and cache.ragged
+        end = T if cache is None else cache.span or T + cache.max_length
+        ragged = cache is not None and (cache.ragged or cache.span)
         masks = {}
         for window in set(config.windows):  # the cheapest form that says the same
             if ragged or (window is not None and end > window) or 1 < T < end:
@@ -416,6 +444,67 @@ class Transformer(nn.Module):
             model = cls(config)
         model.load_state_dict(load_weights(folder, model, device, dtype or config.dtype), assign=True)
         return model.requires_grad_(False).eval()
+
+
+class Step:
+    """One decode step: step(tokens [B] int64) -> logits [B, V] of the next ones; the cache moves on.
+
+    All that it reads keeps its address, so with capture (CUDA) it is recorded as a graph, once for each span of the
+    cache, and replayed: the host issues one launch and waits for nothing. The logits are overwritten by the next step.
+    """
+
+    def __init__(self, model, cache, blocks, capture=False):
+        self.model, self.cache, self.blocks, self.capture = model, cache, blocks, capture
+        self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.lengths.device)
+        self.graphs = {}  # span: (graph, its logits)
+
+    def __call__(self, tokens):
+        self.tokens[:, 0] = tokens
+        if not self.capture:
+            return self.run()
+        span = self.span()
+        if span not in self.graphs:
+            self.graphs[span] = self.record(span)
+        graph, logits = self.graphs[span]
+        graph.replay()
+        self.cache.max_length += 1  # the graph has moved cache.lengths
+        return logits
+
+    def take(self, rows):
+        """A Step that goes on with these rows [n] int64 only, or with some of them several times."""
+        self.model.last_step = None  # its graphs are of the old rows
+        self.cache.take(rows)
+        return Step(self.model, self.cache, self.blocks, self.capture)
+
+    def span(self):
+        """Positions to read at this length: the next multiple of 256 or, further on, of an eighth of its power of 2."""
+        end = self.cache.max_length + 1
+        unit = max(256, 1 << end.bit_length() - 4)
+        return min(-(-end // unit) * unit, self.cache.positions)
+
+    def run(self, span=None):
+        """The step itself. With a span, shapes and addresses depend on nothing but the span."""
+        self.cache.span, onednn = span, torch.backends.mkldnn.enabled
+        if len(self.tokens) == 1:  # on CPUs, for one row in bfloat16, torch's own product is twice as fast as oneDNN's
+            torch.backends.mkldnn.enabled = False
+        try:
+            return self.model.logits(self.model.hidden(self.tokens, self.cache, generated=True)[:, -1])
+        finally:
+            self.cache.span, torch.backends.mkldnn.enabled = None, onednn
+
+    def record(self, span):
+        """(CUDA graph of run(span), its logits)."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # once for real: what libraries allocate on first use must not end up in the graph
+            self.run(span)
+            self.cache.move(-1)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.run(span)
+        self.cache.max_length -= 1  # nothing has run yet
+        return graph, logits
 
 
 def generated_mask(tokens, prompt_lengths):

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from model import Transformer, generated_mask, resolve
 EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-math"
 EMBEDDED_DENSITY = 0.6  # where GRIFFIN costs the embedded model its maths but not its reading; the paper's is 0.5
 HARD_SEED = 1           # of the problem that is answered without a prompt
+LAG = 8                 # steps that a GPU may be ahead of the host, which learns that late that a row is done
+SHRINK = 0.75           # once no more than this share of a batch's rows is not done, the others leave it
 
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -56,41 +59,81 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
         raise ValueError(f"max_new_tokens, samples and reselect must be at least 1, not {max_new_tokens}, {samples} "
                          f"and {reselect}")
     max_new_tokens = min(max_new_tokens, limit - S)
-    cache = model.new_cache(B, S + max_new_tokens)
-    caprese.reset(model)
-    hidden = model.hidden(tokens, cache, False if prompt_lengths is None else generated_mask(tokens, prompt_lengths))
-    if prompt_lengths is None:
-        last = hidden[:, -1]
-    else:
-        prompt_lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
-        cache.set_lengths(prompt_lengths)
-        last = hidden[torch.arange(B), prompt_lengths - 1]
-    caprese.select(model)
-    if samples > 1:
-        cache.repeat(samples)
-        caprese.repeat(model, samples)
-        last = last.repeat_interleave(samples, dim=0)
-    stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
-    done = torch.zeros(B * samples, dtype=torch.bool, device=tokens.device)
-    since = []  # tokens fed since the last reselection
-    for step in range(max_new_tokens):
-        token = choose(model.logits(last), temperature, top_p, generator)  # [B]
+    step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
+    device, stops = tokens.device, torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
+    here = torch.arange(B * samples)  # the rows still in the batch; on the host, as over is
+    over = torch.zeros_like(here, dtype=torch.bool)
+    live, token, done = here.to(device), here.to(device), over.to(device)
+    since, ahead = [], deque()  # tokens fed since the last reselection; steps that the host has not looked at
+    for i in range(1, max_new_tokens + 1):
+        token = token.index_copy(0, live, choose(logits, temperature, top_p, generator))
         if stop_ids:
             token = torch.where(done, stops[0], token)
-            done |= torch.isin(token, stops)
-        yield token
-        if step + 1 == max_new_tokens or done.all():
+            done = done | torch.isin(token, stops)
+        ahead.append((token, on_host(done)))
+        while len(ahead) > (LAG if tokens.is_cuda and stop_ids and i < max_new_tokens else 0):
+            ready, ended = ahead.popleft()
+            yield ready
+            over = ended()
+            if over.all():
+                return
+        if i == max_new_tokens:
             return
+        stay = (~over[here]).nonzero().flatten()
+        if len(stay) <= SHRINK * len(here):  # rows that are done leave
+            here, live = here[stay], here[stay].to(device)
+            step = take(model, step, stay.to(device))
         since.append(token)
         if len(since) == reselect:
             # The full model takes these tokens again in one pass, which rewrites their KV entries, adds them to
             # the statistic, and gives the logits of the next token; so rho = 1 is the full model.
-            cache.move(1 - reselect)
-            last = model.hidden(torch.stack(since, dim=1), cache, generated=False)[:, -1]
-            caprese.select(model)
+            step.cache.move(1 - reselect)
+            again = torch.stack(since, dim=1)[live]
+            logits = model.logits(model.hidden(again, step.cache, generated=False)[:, -1])
+            select(model, step)
             since = []
         else:
-            last = model.hidden(token[:, None], cache, generated=True)[:, -1]
+            logits = step(token[live])
+
+
+def prefill(model, tokens, room, prompt_lengths=None, samples=1):
+    """Run the prompts [B, S] through the full model and select: a Step with room for so many tokens, logits [B, V]."""
+    step = model.new_step(len(tokens), tokens.shape[1] + room)
+    caprese.reset(model)
+    if prompt_lengths is None:
+        last = model.hidden(tokens, step.cache, generated=False)[:, -1]
+    else:
+        prompt_lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
+        hidden = model.hidden(tokens, step.cache, generated_mask(tokens, prompt_lengths))
+        last = hidden[torch.arange(len(tokens)), prompt_lengths - 1]
+        step.cache.set_lengths(prompt_lengths)
+    select(model, step)
+    logits = model.logits(last)
+    if samples > 1:
+        each = torch.arange(len(tokens), device=tokens.device).repeat_interleave(samples)
+        logits, step = logits[each], take(model, step, each)
+    return step, logits
+
+
+def select(model, step):
+    """Take the selection, and see whether decoding by it can be recorded as a graph."""
+    caprese.select(model)
+    step.capture = step.tokens.is_cuda and caprese.fixed(model)
+
+
+def take(model, step, rows):
+    """Continue with these rows [n] only (or with some of them several times): a new Step."""
+    caprese.take(model, rows)
+    return step.take(rows)
+
+
+def on_host(flag):
+    """A function that returns flag on the host. On CUDA its copy is on the way meanwhile, behind the steps so far."""
+    if not flag.is_cuda:
+        return lambda: flag
+    copy, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+    return lambda: arrived.synchronize() or copy
 
 
 def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(), **kwargs):
@@ -114,13 +157,14 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch=128, **kwargs
 
 def evaluate(model, tokenizer, problems, **kwargs):
     """Accuracy in [0, 1] and mean response length in tokens of greedy answers to data.Problem items."""
-    right, tokens = 0, 0
+    right, tokens, start = 0, 0, time.perf_counter()
     bar = tqdm(respond(model, tokenizer, [data.ask(p) for p in problems], **kwargs), total=len(problems),
                desc=problems[0].kind, leave=False, disable=None)
     for done, (i, text, count) in enumerate(bar, 1):
         right += data.correct(text, problems[i].answer)
         tokens += count
-        bar.set_postfix(accuracy=f"{right / done:.3f}", refresh=False)
+        bar.set_postfix(accuracy=f"{right / done:.3f}", tokens_per_second=round(tokens / (time.perf_counter() - start)),
+                        refresh=False)
     return right / len(problems), tokens / len(problems)
 
 
@@ -169,10 +213,22 @@ def common_arguments(parser):
     parser.add_argument("--model", help="folder in the official layout or hub repo id (default: the embedded model)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="default: float32 on a CPU, the checkpoint's own elsewhere")
+                        help="default: the checkpoint's own; on a CPU bfloat16 if it has instructions for it, else "
+                        "float32; for the embedded model float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
     return parser
+
+
+def default_dtype(device, model):
+    """Without --dtype: the checkpoint's own (None), but on a CPU what is fastest there.
+
+    That is bfloat16 where the CPU has instructions for it, else float32; float32 also for the embedded model (None).
+    """
+    if device.type != "cpu":
+        return None
+    able = torch.cpu.get_capabilities()
+    return torch.bfloat16 if model and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
 
 
 def load(args, onto=None):
@@ -182,7 +238,7 @@ def load(args, onto=None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
-    dtype = getattr(torch, args.dtype) if args.dtype else torch.float32 if device.type == "cpu" else None
+    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device, args.model)
     folder = args.model or EMBEDDED
     model = Transformer.from_pretrained(folder, onto or device, dtype)
     return model, data.Tokenizer(resolve(folder))

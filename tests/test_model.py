@@ -67,11 +67,11 @@ def test_rewinding_rewrites(model):
     assert cache.max_length == 12 and cache.lengths.tolist() == [12]
 
 
-def test_repeat_continues_each_row_several_times(model):
+def test_taking_a_row_several_times_continues_it_as_often(model):
     tokens, new = tiny.tokens(2, 7), tiny.tokens(6, 1, seed=5)
     cache = model.new_cache(2, 8)
     model.hidden(tokens, cache)
-    cache.repeat(3)
+    cache.take(torch.arange(2).repeat_interleave(3))
     out = model.logits(model.hidden(new, cache))
     assert_close(out, model(torch.cat((tokens.repeat_interleave(3, dim=0), new), dim=1))[:, -1:], **CLOSE)
 
