@@ -385,8 +385,8 @@ def residual_moments(model, pairs, size):
     for batch in data.batches(pairs, size, model.device):
         def visit(ff, x, e):
             full = ff.down_proj(ff.neurons(x)[1])
-            x, e, full = (t[batch.response].double() for t in (x, e, full))
-            new = (x.T @ x, x.T @ e, e.T @ e, full.square().sum())
+            x, e, full = (t[batch.response].float() for t in (x, e, full))
+            new = tuple(t.double() for t in (x.T @ x, x.T @ e, e.T @ e, full.square().sum()))
             sums[ff] = tuple(a + b for a, b in zip(sums[ff], new)) if ff in sums else new
         distill.walk(model, batch, visit)
     return {i: sums[ff] for i, ff in caprese.sparse_layers(model).items()}
@@ -412,14 +412,15 @@ def residual(bench, args):
     Of the sparse FF alone; with the best rank-r approximation of its residual, which no method can know beforehand;
     and with the L R of rank r that the closed form learns, measured on samples that it has not seen.
     """
-    rows, pairs, recipe = [], bench.pairs, bench.recipe()
-    unseen, ranks = max(1, len(pairs) // 5), (recipe.rank // 2, recipe.rank, 2 * recipe.rank)
+    rows, pairs, recipe = [], bench.pairs[::3 if args.quick else 1], bench.recipe()
+    unseen, rest = pairs[::5], [pair for i, pair in enumerate(pairs) if i % 5]  # of every kind in either
+    ranks = (recipe.rank // 2, recipe.rank, 2 * recipe.rank)
     for method in ("topk", "griffin", "cats"):
         for share in tqdm(DENSITIES, desc=method, leave=False, disable=None):
             model = caprese.attach(bench.model, method, share, range(len(bench.model.layers)))
-            seen = residual_moments(model, pairs[:-unseen], recipe.rows)
+            seen = residual_moments(model, rest, recipe.rows)
             errors = {}
-            for i, (A, C, E, total) in residual_moments(model, pairs[-unseen:], recipe.rows).items():
+            for i, (A, C, E, total) in residual_moments(model, unseen, recipe.rows).items():
                 L, R, _ = distill.closed_form(*seen[i][:2], max(ranks))
                 best = best_rank_left(E)
                 left = {"alone": E.trace()} | {f"best rank {r}": best[r] for r in ranks}
@@ -490,7 +491,7 @@ def spectrum(bench, args):
         learned = {i: ff for i, ff in layers.items() if ff.rank and ff.correction == "linear"}
         left = {}
         if learned and bench.trainable:
-            left = distill.residual_left(bench.model, bench.pairs[:500], bench.recipe())
+            left = distill.residual_left(bench.model, bench.pairs[::-(-len(bench.pairs) // 500)], bench.recipe())
         for i, ff in learned.items():
             values = singular_values(ff.L.data, ff.R.data)
             energy = values.square().cumsum(0) / values.square().sum()

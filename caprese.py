@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 METHODS = ("griffin", "cats", "topk", "int4")
 CORRECTIONS = ("linear", "gated", "lora")
-GROUP = 64  # weights that share a scale and an offset in 4 bits
+GROUP = 64        # weights that share a scale and an offset in 4 bits
+ROW_BYTES = 2048  # CATS reads single rows of its matrices if they are at least so long; shorter ones do not pay
 
 
 def statistic(z, prompt=None):
@@ -173,8 +174,9 @@ class SparseFF(nn.Module):
                 self.mask = torch.zeros_like(self.s, dtype=torch.bool).scatter_(1, top, True)
         elif self.method == "cats" and compact and len(self.tau) == 1:
             self.tau = self.buffer("tau_k", 1, dtype=self.tau.dtype).copy_(self.tau)
-            # Single rows of memory are worth picking on a CPU; a GPU does better with the dense products.
-            self.compact = self.correction != "lora" and self.tau.device.type == "cpu"
+            # Only on a CPU: plain torch cannot pick rows on a GPU without a copy of them and a wait for their number.
+            row = self.up_proj.weight[0]
+            self.compact = self.correction != "lora" and row.device.type == "cpu" and row.nbytes >= ROW_BYTES
             if self.compact:
                 self.stand_by()
 
@@ -301,8 +303,8 @@ def add_rows(weight, rows, z):
     most = max(1, weight.shape[1] * weight.element_size() // 512)
     blocks = math.gcd(weight.shape[1], 1 << most.bit_length() - 1)
     at = rows * blocks + torch.arange(blocks)[:, None]  # [blocks, n]
-    return F.embedding_bag(at, weight.view(len(weight) * blocks, -1), mode="sum",
-                           per_sample_weights=z.expand(blocks, -1)).flatten()
+    return F.embedding_bag(at.flatten(), weight.view(len(weight) * blocks, -1), torch.arange(blocks) * len(rows),
+                           mode="sum", per_sample_weights=z.repeat(blocks)).flatten()
 
 
 def attach(model, method="griffin", density=0.5, layers=None, rank=0, correction="linear"):

@@ -477,9 +477,9 @@ class Step:
         return Step(self.model, self.cache, self.blocks, self.capture)
 
     def span(self):
-        """Positions to read at this length: the next multiple of 256 or, further on, of an eighth of its power of 2."""
+        """Positions to read at this length: the next multiple of 256, or beyond 4096 of an eighth of its power of 2."""
         end = self.cache.max_length + 1
-        unit = max(256, 1 << end.bit_length() - 4)
+        unit = max(256, (1 << end.bit_length()) // 16)
         return min(-(-end // unit) * unit, self.cache.positions)
 
     def run(self, span=None):

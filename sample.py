@@ -22,7 +22,7 @@ from model import Transformer, generated_mask, resolve
 EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-math"
 EMBEDDED_DENSITY = 0.6  # where GRIFFIN costs the embedded model its maths but not its reading; the paper's is 0.5
 HARD_SEED = 1           # of the problem that is answered without a prompt
-LAG = 8                 # steps that a GPU may be ahead of the host, which learns that late that a row is done
+LAG = {"cuda": 8}       # steps that a device may be ahead of the host, which learns that late that a row is done
 SHRINK = 0.75           # once no more than this share of a batch's rows is not done, the others leave it
 
 
@@ -71,7 +71,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
             token = torch.where(done, stops[0], token)
             done = done | torch.isin(token, stops)
         ahead.append((token, on_host(done)))
-        while len(ahead) > (LAG if tokens.is_cuda and stop_ids and i < max_new_tokens else 0):
+        while len(ahead) > (LAG.get(device.type, 0) if stop_ids and i < max_new_tokens else 0):
             ready, ended = ahead.popleft()
             yield ready
             over = ended()

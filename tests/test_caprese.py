@@ -58,8 +58,9 @@ def test_a_fresh_correction_is_the_bare_method(method, correction, rank):
 
 
 @pytest.mark.parametrize("method, correction, rank", CORRECTED)
-def test_teacher_forced_equals_decoding(method, correction, rank):
-    """For griffin this is masked = compact: one row decodes on the gathered buffers."""
+def test_teacher_forced_equals_decoding(method, correction, rank, monkeypatch):
+    """This is masked = compact: one row decodes on griffin's gathered buffers, and on the rows that cats chooses."""
+    monkeypatch.setattr(caprese, "ROW_BYTES", 0)
     model, tokens = tiny.model(), tiny.tokens(1, 14)
     tiny.fill(caprese.attach(model, method, density=0.4, rank=rank, correction=correction))
     masked = model(tokens, [6])[:, 6:]
@@ -70,10 +71,11 @@ def test_teacher_forced_equals_decoding(method, correction, rank):
 
 @pytest.mark.parametrize("reselect", [None, 1, 3])
 @pytest.mark.parametrize("method, correction, rank", CORRECTED)
-def test_a_batch_decodes_each_row_as_alone(method, correction, rank, reselect):
+def test_a_batch_decodes_each_row_as_alone(method, correction, rank, reselect, monkeypatch):
     """Rows keep their own selection (masked path), and equal the compact path, before and after reselections.
 
     In float64, where another order of summation does not carry a gate across CATS' threshold."""
+    monkeypatch.setattr(caprese, "ROW_BYTES", 0)
     model, tokens, lengths = tiny.model().double(), tiny.tokens(3, 9), torch.tensor([6, 9, 4])
     tiny.fill(caprese.attach(model, method, density=0.3, rank=rank, correction=correction).double())
     together = generate(model, tokens, 14, reselect=reselect, prompt_lengths=lengths)
@@ -137,15 +139,35 @@ def test_four_bits():
     assert 0.01 < off < (caprese.attach(model, "griffin", 0.5, range(4))(tokens, [5, 7]) - full)[:, 7:].abs().mean()
 
 
-def test_buffers_keep_their_addresses():
+@pytest.mark.parametrize("method, correction", [("griffin", "linear"), ("griffin", "gated"), ("griffin", "lora"),
+                                                ("cats", "linear"), ("cats", "lora")])
+def test_buffers_keep_their_addresses(method, correction):
     """A captured graph must stay valid across prompts and reselections."""
-    model = caprese.attach(tiny.model(), "griffin", density=0.4, rank=6)
+    model = caprese.attach(tiny.model(), method, density=0.4, rank=6, correction=correction)
     ff = caprese.sparse_layers(model)[0]
     seen = set()
     for seed in range(3):
         generate(model, tiny.tokens(1, 6, seed=seed), 8, reselect=3)
-        seen.add((ff.gate_k.data_ptr(), ff.up_k.data_ptr(), ff.down_k.data_ptr()))
-    assert len(seen) == 1
+        assert caprese.fixed(model)
+        seen.add(tuple(t.data_ptr() for name, t in vars(ff).items() if name.endswith("_k")))
+    assert len(seen) == 1 and all(seen)
+    generate(model, tiny.tokens(2, 6), 3)
+    assert not caprese.fixed(model)  # rows with masks of their own get new ones each time
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 300])
+def test_products_of_chosen_rows(dtype, count):
+    generator = torch.Generator().manual_seed(0)
+    weight, x = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((700, 96), (1, 96)))
+    rows = torch.randperm(700, generator=generator)[:count].sort().values
+    z = torch.randn(count, generator=generator, dtype=torch.float64)
+    close = {"rtol": 0.02, "atol": 0.5} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    weight, x, z = weight.to(dtype), x.to(dtype), z.to(dtype)
+    dot, total = caprese.dot_rows(weight, rows, x), caprese.add_rows(weight, rows, z)
+    assert dot.dtype == total.dtype == dtype
+    assert_close(dot.double(), weight[rows].double() @ x[0].double(), **close)
+    assert_close(total.double(), z.double() @ weight[rows].double(), **close)
 
 
 def test_statistic_is_equation_3():
