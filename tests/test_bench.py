@@ -242,7 +242,35 @@ def test_without_matplotlib_plot_says_so_before_any_work(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: --plot needs matplotlib: pip install matplotlib\n"
 
 
+@pytest.mark.parametrize("way", [n for n in bench.LATENCY_ROWS if n.startswith("GRIFFIN")])
+def test_latency_counts_the_bytes_that_a_step_reads(way):
+    """All weights but those of the replaced blocks, plus the compact buffers that stand in for them, plus the cache."""
+    model, args = tiny.model(), bench.arguments(["latency", "--rank", "6", "--density", "0.4"])
+    bench.attach_row(model, bench.LATENCY_ROWS[way], args)
+    sample.generate(model, tiny.tokens(1, 6), 4)
+    about = bench.account(model, bench.LATENCY_ROWS[way], 6, 4, None)
+    ffs = caprese.sparse_layers(model).values()
+    read = sum(p.numel() for n, p in model.named_parameters() if not n.endswith("embed_tokens.weight"))
+    read -= sum(p.numel() for ff in ffs for p in ff.parameters())
+    read += sum(t.numel() for ff in ffs for n, t in vars(ff).items() if n.endswith("_k") and n != "tau_k")
+    cache = 2 * 4 * 2 * 8 * 8  # k and v, 4 layers, 2 heads of 8, 6 + 4 / 2 positions
+    assert about["bytes"] == 4 * (read + cache)
+    assert about["full_bytes"] - about["bytes"] > 0 and about["active"] == read
+
+
+def test_latency_runs_on_a_folder_and_prints_its_ratios(out):
+    rows = call(out, "latency", "--model", "models/tiny-math", "--prompt", "8", "--generate", "3", "5", "--reselect",
+                "2", "--repeats", "1")
+    assert [(row["row"], row["generated"]) for row in rows] == [(n, g) for g in (3, 5) for n in bench.LATENCY_ROWS]
+    assert all(row["ms per token"] > 0 and row["bound ms"] > 0 for row in rows)
+    assert rows[0]["ratio"] == rows[0]["by bytes"] == 1 > rows[1]["by bytes"]
+    text = bench.latency_table(rows)
+    assert "GRIFFIN + Caprese over GRIFFIN, 5 generated: " in text and "copies MB" in text
+
+
 @pytest.mark.parametrize("args, words", [
+    (["latency", "--generate", "1"], "--generate"),
+    (["latency", "--prompt", "0"], "--prompt"),
     (["accuracy", "--model", "models/tiny-math"], "--data"),
     (["residual", "--model", "models/tiny-math"], "--train"),
     (["accuracy", "--train", "x.jsonl"], "--train"),
@@ -271,4 +299,4 @@ def test_the_reading_companion_names_what_exists():
             assert hasattr(found, part), f"{module}.{name}"
             found = getattr(found, part)
     commands = set(re.findall(r"bench\.py ([a-z]+)", section))
-    assert commands - {"latency"} == {*bench.COMMANDS, "all"} - {"latency"}
+    assert commands == {*bench.COMMANDS, "all"}
