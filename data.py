@@ -11,8 +11,10 @@ import random
 import re
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime
+from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
@@ -36,6 +38,7 @@ class Problem:
     response: str
     answer: str
     kind: str = "maths"
+    level: int | str | None = None  # difficulty: steps of a chain of thought, or what the data set says
 
 
 def held_out(question):
@@ -62,7 +65,7 @@ def make_maths(rng, steps=None):
         chain.append(f"{value} {op} {n} = {result}.")
         value = result
     question = " ".join(story) + f" How many {thing} does {who} have?"
-    return Problem(question, " ".join(chain) + f" #### {value}", str(value))
+    return Problem(question, " ".join(chain) + f" #### {value}", str(value), level=steps)
 
 
 def _moves(value, rng):
@@ -233,8 +236,8 @@ def render(template, **variables):
 
 
 def ask(problem):
-    """The user's turn: maths questions are preceded by the paper's instruction, reading questions stand alone."""
-    return f"{INSTRUCTION} {problem.question}" if problem.kind == "maths" else problem.question
+    """The user's turn: maths and science are preceded by the paper's instruction, reading questions stand alone."""
+    return f"{INSTRUCTION} {problem.question}" if problem.kind in ("maths", "choice") else problem.question
 
 
 def pad(rows, device="cpu", value=0):
@@ -251,21 +254,243 @@ def until_stop(ids, stop_ids):
     return ids[:next((i + 1 for i, t in enumerate(ids) if t in stop_ids), len(ids))]
 
 
+MARKS = re.compile(r"####|\\boxed\s*(?={)|\banswer[\s*]*(?:\bis\b|:)[\s*:]*", re.IGNORECASE)
+OPTION = re.compile(r"\(?([A-J])(?:[).:]+(?:\s+(.*))?)?")  # a multiple choice letter, perhaps with the option's text
+DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+"
+NUMBER = re.compile(rf"(-?)\s*([$£€]?)\s*(-?)(?:(\d+)\s+(?=\d+\s*/))?({DIGITS})(?:\s*/\s*(\d+))?(?![\d.,/])(.*)",
+                    re.ASCII)  # sign, money, sign, whole part, digits, denominator, what follows
+FRACTION = re.compile(r"\\frac\s*(?:{\s*(-?\d+)\s*}|(\d))\s*(?:{\s*(\d+)\s*}|(\d))", re.ASCII)
+MONEY = {"$": "dollar", "£": "pound", "€": "euro"}
+SCALE = {"thousand": 10 ** 3, "million": 10 ** 6, "billion": 10 ** 9, "trillion": 10 ** 12}
+SHORT_UNITS = set("mm cm km kg mg ml ft in lb hr am pm mph of".split())  # words of one or two letters may be variables
+NO_UNITS = set("""and or nor but not to plus minus times over divided multiplied squared cubed power root sqrt factorial
+    base mod choose sin cos tan log more less fewer than between either neither if out wrong incorrect impossible dozen
+    half quarter third fourth fifth sixth seventh eighth ninth tenth hundredth thousandth halve hundred point repeating
+    recurring remainder zero one two three four five six seven eight nine ten eleven twelve twenty""".split())
+
+
 def final_answer(text):
-    """What follows the last `####`, stripped, or None."""
-    found = re.findall(r"####\s*([^\n]+)", text)
-    return found[-1].strip().rstrip(".") if found else None
+    r"""The final answer that a response states, or None: what its last mark introduces, stripped.
+
+    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ..." and "Answer: ..."; without any of them, a
+    last line that is a choice letter and nothing else. A number that is not marked is no answer.
+    """
+    for mark in reversed(list(MARKS.finditer(text))):
+        if mark[0].startswith("\\"):
+            found = _braced(text[mark.end():mark.end() + 1000])
+        else:
+            line = text[mark.end():].lstrip().split("\n")[0]
+            found = line if mark[0] == "####" else re.split(r"\.(?=\s|$)", line)[0]
+        if found and found.strip():
+            return found.strip().rstrip(".")
+    last = plain((text.strip().splitlines() or [""])[-1])
+    return last if re.fullmatch(r"\(?[A-J]\)?", last) else None
+
+
+def _braced(text):
+    """What the brace at the start of text encloses, or None if it is never closed."""
+    depth = 0
+    for i, c in enumerate(text):
+        depth += (c == "{") - (c == "}")
+        if depth == 0:
+            return text[1:i]
+    return None
+
+
+def plain(text):
+    """An answer without what only sets its type: markdown, dollar signs around it, LaTeX's spaces and fonts."""
+    text = re.sub(r"(?<!\w)\*\*|\*\*(?!\w)", "", re.sub("[−–]", "-", text))  # **bold**, and not 2**3
+    text = text.replace("\\$", "\0").replace("{,}", ",")
+    text = re.sub(r"\$([^$]*)\$", r"\1", text).replace("\0", "$").replace("\\%", "%")
+    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox)\s*{([^{}]*)}", r" \1 ", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", re.sub(r"\\left(?![a-z])|\\right(?![a-z])|\\[!,()\[\]]", "", text))
+    text = re.sub(r"\^\s*{?\s*\\circ\s*}?|\\degree", "°", re.sub(r"\\quad|\\[;: ]|(?<=\w)~|\xa0", " ", text))
+    return re.sub(r" (?=\^)", "", " ".join(text.split()).lstrip(" `").rstrip(" .,;`"))
+
+
+def number(text):
+    """(value, unit) of an answer that is one number and nothing but a unit beside it, exact, else None.
+
+    1,000 and 1000.0, 3/4, \\frac34, 1 1/2, -$5, 5 million; the unit in the singular, "" if there is none.
+    """
+    text = re.sub(r"^\(?[A-J]\)\s*", "", plain(text))  # an option's letter before its value
+    text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]} ", text).strip()
+    text = re.sub(r"^\(([^()]*)\)$", r"\1", text)
+    found = NUMBER.fullmatch(text) if len(text) < 200 else None
+    if not found or (found[1] and found[3]) or (found[6] and int(found[6]) == 0):
+        return None
+    minus, value = found[1] or found[3], Fraction(found[5].replace(",", "")) / int(found[6] or 1)
+    if found[4]:  # a mixed number
+        if value >= 1:
+            return None
+        value += int(found[4])
+    rest = _unit(found[7], MONEY.get(found[2], ""))
+    return rest and ((-1 if minus else 1) * value * rest[0], rest[1])
+
+
+def _unit(text, money):
+    """(scale, unit) of what follows a number, or None if it may change its meaning: 5x, 5 or 6, 5 dozen."""
+    words = text.casefold().replace("per cent", "percent").replace("%", " percent ").replace("°", " degrees ").split()
+    scale = SCALE.get(words[0], 1) if words else 1
+    words = [w.removesuffix("s") for w in words[scale > 1:]]
+    if len(words) > 5 or (text[:1].isalpha() and words and words[0] not in SHORT_UNITS):
+        return None
+    for i, word in enumerate(words):
+        letters = re.fullmatch(r"([a-z]+)(?:/[a-z]+)?(?:\^{?[23]}?|²|³)?", word)
+        if not letters or letters[1] in NO_UNITS | SCALE.keys() or word in NO_UNITS:
+            return None
+        if len(letters[1]) < (3 if i == 0 else 2) and word not in SHORT_UNITS | {"a"}:
+            return None
+    if words[:1] == ["percent"]:
+        return scale, "percent"
+    return scale, " ".join([money] * (bool(money) and words[:1] != [money]) + words)
+
+
+def same_number(a, b):
+    """Do two results of number() agree? A missing unit agrees with any; 50% is 50 of them, and 0.5."""
+    (x, u), (y, v) = a, b
+    if {u, v} == {"percent", ""} and (x / 100 if u else x) == (y / 100 if v else y):
+        return True
+    return x == y and (u == v or not u or not v)
+
+
+def choice(text):
+    """The letter A..J of a multiple choice answer such as B, (B), B. or (B) Paris; None if it is not one of them."""
+    found = OPTION.fullmatch(re.sub(r"^([a-j]|\([a-j]\))$", lambda m: m[1].upper(), plain(text)))
+    more = found and re.search(r"^(?:and|or|nor|but|not|is)\b|^[,/&]|^[A-J](?:$|[).:])|\([A-J]\)", found[2] or "")
+    return found[1] if found and not more else None
+
+
+@lru_cache
+def math_verify():
+    """The package that compares LaTeX by its meaning, or None, said once: then LaTeX is compared as text."""
+    try:
+        import math_verify
+    except ImportError:
+        print("math-verify is not installed, so LaTeX answers must match as text; pip install math-verify",
+              file=sys.stderr)
+        return None
+    return math_verify
+
+
+def same_latex(a, b):
+    """Are two LaTeX expressions equal in meaning? Only for pure formulas: prose among them compares as text."""
+    # words, number bases, \frac123 (which is 3/2), factorials and sentences
+    doubtful = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_|\\frac\d{3}|[.?!]$")
+    if doubtful.search(a) or doubtful.search(b) or not math_verify():
+        return False
+    config = [math_verify().LatexExtractionConfig()]
+    gold, found = (math_verify().parse(f"${text}$", extraction_config=config) for text in (a, b))
+    return bool(gold and found and math_verify().verify(gold, found, float_rounding=12))
 
 
 def correct(text, answer):
-    """Is the final answer of a response this one? Numbers compare as numbers, so 1,000 is 1000.0."""
-    found = final_answer(text)
-    if found is None:
+    """Does a response's final answer mean this one? In doubt it does not: a wrong answer never counts as right.
+
+    Choice letters compare as letters, numbers as numbers (see number), LaTeX by math-verify, the rest as text.
+    """
+    found, answer = final_answer(text), plain(answer)
+    if not found or not answer:
         return False
-    try:
-        return float(found.replace(",", "")) == float(answer.replace(",", ""))
-    except ValueError:
-        return found == answer
+    found = plain(found)
+    if found.count("=") == 1 and "=" not in answer:  # x = 5, m+n = 33
+        found = re.sub(r"^[A-Za-z][A-Za-z+_{}()]*\s*=\s*", "", found)
+    if re.fullmatch("[A-J]", answer):
+        return choice(found) == answer
+    if number(answer) and number(found):
+        return same_number(number(found), number(answer))
+    tidy = lambda s: re.sub(r"{(\w)}", r"\1", re.sub(r"\s*([^\w\s])\s*", r"\1", s.casefold()))
+    return tidy(found) == tidy(answer) or ("\\" in found + answer and same_latex(answer, found))
+
+
+def words(text):
+    """Lower-case words and numbers, without punctuation: what F1 and ROUGE count."""
+    return re.findall(r"\w+", text.lower())
+
+
+def _f(overlap, a, b):
+    """The harmonic mean of overlap/a and overlap/b."""
+    return 2 * overlap / (a + b) if a + b else 0.0
+
+
+def f1(text, reference):
+    """SQuAD's F1 in [0, 1]: words shared by an answer and its reference, articles left out."""
+    a, b = ([w for w in words(t) if w not in ("a", "an", "the")] for t in (text, reference))
+    return _f((Counter(a) & Counter(b)).total(), len(a), len(b))
+
+
+def rouge(text, reference):
+    """ROUGE-1, -2 and -L in [0, 1]: F-measures of shared words, word pairs, and the longest common subsequence."""
+    a, b = words(text), words(reference)
+    pairs = [Counter(zip(w, w[1:])) for w in (a, b)]
+    row = [0] * (len(b) + 1)  # row[j]: longest common subsequence of a so far and b[:j]
+    for w in a:
+        previous = row
+        row = [0]
+        for j, v in enumerate(b):
+            row.append(previous[j] + 1 if v == w else max(previous[j + 1], row[j]))
+    return {"rouge1": _f((Counter(a) & Counter(b)).total(), len(a), len(b)),
+            "rouge2": _f((pairs[0] & pairs[1]).total(), pairs[0].total(), pairs[1].total()),
+            "rougeL": _f(row[-1], len(a), len(b))}
+
+
+def scores(problem, text):
+    """What a response earns, by the problem's kind: {"accuracy"}, {"f1"} or {"rouge1", "rouge2", "rougeL"}."""
+    if problem.kind == "summary":
+        return rouge(text.split("###")[0], problem.answer)  # a base model goes on with the next article
+    if problem.kind == "passage":
+        return {"f1": f1(final_answer(text) or text, problem.answer)}
+    return {"accuracy": float(correct(text, problem.answer))}
+
+
+BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for beyond the question
+         "choice": r"Put the letter of your answer within \boxed{}."}
+
+
+def read_problems(file, count=None):
+    """Evaluation problems from a JSONL file or a JSON list, the first `count` at most, without their responses.
+
+    GSM8K: question, answer (ending in `#### N`). MATH, AMC, AIME, SVAMP, MultiArith: problem, answer (and level).
+    Multiple choice: question, options (a list), answer (a letter or a position); or GPQA's own columns, their options
+    in an order that follows from the question. Reading: context, question, answer(s). Summaries: prompt, reference.
+    Raises OSError, or ValueError naming the bad line.
+    """
+    out = []
+    for n, row in rows(file):
+        if len(out) == count:
+            break
+        try:
+            question, answer, kind, level = _problem(json.loads(row) if isinstance(row, str) else row)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"{file}, line {n}: not a problem ({type(e).__name__}: {e}); it needs question and "
+                             "answer, problem and answer, question, options and answer, context, question and "
+                             "answer, or prompt and reference") from None
+        out.append(Problem(f"{question}\n{BOXED[kind]}" if kind in BOXED else question, "", answer, kind, level))
+    if not out:
+        raise ValueError(f"{file} holds no problems")
+    return out
+
+
+def _problem(row):
+    """(question, answer, kind, level) of one row."""
+    if "reference" in row:
+        return row["prompt"], row["reference"], "summary", None
+    if "context" in row:
+        answer = row["answers"][0] if "answers" in row else row["answer"]
+        return f"{row['context']}\n{row['question']}", str(answer), "passage", None
+    if "Correct Answer" in row:  # GPQA
+        options = [row["Correct Answer"]] + [row[f"Incorrect Answer {i}"] for i in (1, 2, 3)]
+        random.Random(row["Question"]).shuffle(options)
+        row = {"question": row["Question"], "options": options, "answer": options.index(row["Correct Answer"])}
+    question, answer = row["question"] if "question" in row else row["problem"], row["answer"]
+    options = row.get("options") or row.get("choices")
+    if options:
+        letters = "ABCDEFGHIJ"[:len(options)]
+        answer = letters[answer] if isinstance(answer, int) else letters[letters.index(answer)]
+        lines = (f"({letter}) {option}" for letter, option in zip(letters, options))
+        return "\n".join([question, *lines]), answer, "choice", None
+    level = row.get("level", answer.count("<<") or None)  # MATH's own, or the steps of GSM8K's solution
+    return question, final_answer(answer) or answer, "maths", level
 
 
 @dataclass
@@ -408,7 +633,7 @@ def generate(args):
     """
     import sample  # here alone this file needs the model
     model, tokenizer = sample.load(args)
-    asked = read_samples(args.data, skip_bad=args.skip_bad) if args.data else problems("maths", args.samples, args.seed)
+    asked = read_problems(args.data) if args.data else problems("maths", args.samples, args.seed)
     size = max(1, args.batch // args.n)  # questions to a block
     kept = _complete_blocks(args.out)
     first = kept[-1]["block"] + 1 if kept else 0
@@ -462,12 +687,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     add = sample.common_arguments(commands.add_parser("generate", help=generate.__doc__.splitlines()[0])).add_argument
-    add("--data", help="questions with their answers, as for distill.py (default: the embedded model's own problems)")
+    add("--data", help="questions with their answers, JSONL, as for bench.py (default: the embedded model's own)")
     add("--out", default="generated.jsonl", help="default: %(default)s")
     add("--samples", type=int, default=20000, help="stop at so many (default: %(default)s, as in the paper)")
     add("--n", type=int, default=1, help="answers to each question (default: %(default)s)")
     add("--only-right", action="store_true", help="keep answers that the grading accepts")
-    add("--skip-bad", action="store_true", help="leave out lines of --data that are no samples")
     add("--temperature", type=float, default=0.6)
     add("--top-p", type=float, default=0.95)
     add("--max-new-tokens", type=int, default=1024, help="longer answers are left out (default: %(default)s)")

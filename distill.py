@@ -29,7 +29,7 @@ import sample
 # was measured), and what suits the embedded model.
 PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "correction": "linear", "loss": "mse",
          "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16, "recompute": True}
-OURS = PAPER | {"layerwise": "closed"}
+OURS = PAPER | {"layerwise": "closed", "loss": "kl"}
 EMBEDDED = OURS | {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
                    "e2e_batch": 32, "recompute": False}
 EVALUATION_SEED = 1234  # of the held-out problems
