@@ -240,10 +240,10 @@ def open_gate(A, m, act):
     return c * torch.linalg.solve(A + ridge(A), m)
 
 
-def split_ranks(eigenvalues, total):
-    """{layer: rank}: a budget of `total` ranks, each given where its eigenvalue, the energy it removes, is largest."""
-    least = torch.cat(list(eigenvalues.values())).sort(descending=True).values[total - 1]
-    return {i: int((values >= least).sum()) for i, values in eigenvalues.items()}
+def split_ranks(gains, total):
+    """{layer: rank}: a budget of `total` ranks, each given where its gain {layer: [D], largest first} is largest."""
+    least = torch.cat(list(gains.values())).sort(descending=True).values[total - 1]
+    return {i: int((values >= least).sum()) for i, values in gains.items()}
 
 
 def layerwise_closed(model, pairs, args, progress=None):
@@ -253,7 +253,9 @@ def layerwise_closed(model, pairs, args, progress=None):
     solved = {i: closed_form(A, C, len(A)) for i, (A, C, *_) in sums.items()}
     ranks = dict.fromkeys(layers, args.rank)
     if args.rank_budget:
-        ranks = split_ranks({i: values for i, (_, _, values) in solved.items()}, args.rank * len(layers))
+        # by the share of its own layer's residual: by plain energy the late layers, where all is larger, take too much
+        gains = {i: values / sums[i][2] for i, (_, _, values) in solved.items()}
+        ranks = split_ranks(gains, args.rank * len(layers))
     for i, (L, R, _) in solved.items():  # in order of their eigenvalues
         layers[i].put(L=L[:, :ranks[i]], R=R[:ranks[i]])
         if args.correction == "gated":
