@@ -27,9 +27,9 @@ import sample
 
 # What a flag means where it is not given. The paper's recipe (section 4), ours for real models (RESULTS.md says what
 # was measured), and what suits the embedded model.
-PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "correction": "linear", "loss": "mse",
-         "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16, "recompute": True}
-OURS = PAPER | {"layerwise": "closed", "loss": "kl"}
+PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "rank_budget": False,
+         "correction": "linear", "loss": "mse", "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16, "recompute": True}
+OURS = PAPER | {"layerwise": "closed", "rank_budget": True, "loss": "kl"}
 EMBEDDED = OURS | {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
                    "e2e_batch": 32, "recompute": False}
 EVALUATION_SEED = 1234  # of the held-out problems
@@ -445,7 +445,8 @@ def arguments(argv=None):
     add("--density", type=float, help=f"share of neurons kept, in (0, 1] {default('density')}")
     add("--layers", default="paper", help="paper (griffin: the first half, others: all), all, or 0,1,2")
     add("--rank", type=int, help=f"r {default('rank')}")
-    add("--rank-budget", action="store_true", help="split r x layers by the eigenvalues of the closed form")
+    add("--rank-budget", action=argparse.BooleanOptionalAction, help="split r x layers by the eigenvalues of the "
+        f"closed form, where that is used {default('rank_budget')}")
     add("--correction", choices=caprese.CORRECTIONS, help=default("correction"))
     add("--layerwise", choices=("closed", "adam", "none"), help=f"closed form of (7), or Adam {default('layerwise')}")
     add("--layerwise-lr", type=float, default=1e-3, help="of adam (default: %(default)s)")
@@ -463,8 +464,9 @@ def arguments(argv=None):
     add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, --out's name + .state")
     add("--out", default="adapter.safetensors", help="adapter file to write (default: %(default)s)")
     args = parser.parse_args(argv)
+    asked_for_budget = args.rank_budget
     for key, value in (EMBEDDED if not args.model else OURS).items():
-        if args.paper and key in ("layerwise", "correction", "loss"):
+        if args.paper and key in ("layerwise", "rank_budget", "correction", "loss"):
             value = PAPER[key]
         if getattr(args, key) is None:
             setattr(args, key, value)
@@ -472,7 +474,7 @@ def arguments(argv=None):
         raise ValueError("LoRA has no closed form; with --correction lora give --layerwise adam or none")
     if args.fsdp and args.method == "int4":
         raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
-    if args.rank_budget and args.layerwise != "closed":
+    if asked_for_budget and args.layerwise != "closed":
         raise ValueError("--rank-budget splits by the eigenvalues of the closed form; it needs --layerwise closed")
     if bool(args.model) != bool(args.data):
         raise ValueError("--model and --data go together: the samples that teach another model than the embedded one")

@@ -30,7 +30,7 @@ def pairs(count=40, seed=0):
 
 def settings(**changes):
     args = distill.arguments([])
-    vars(args).update({"rows": 3, "layerwise_lr": 1e-2, "layerwise_batch": 16} | changes)
+    vars(args).update({"rows": 3, "rank_budget": False, "layerwise_lr": 1e-2, "layerwise_batch": 16} | changes)
     return args
 
 
@@ -300,8 +300,7 @@ def test_command_prints_the_table_and_writes_an_adapter(tmp_path):
 
 
 # Both stages, 12 and 48 steps, a checkpoint after each: time enough to be killed in the middle.
-SHORT = ("--samples", "96", "--eval-samples", "2", "--rows", "8", "--e2e-batch", "2", "--save-every", "1",
-         "--rank-budget")
+SHORT = ("--samples", "96", "--eval-samples", "2", "--rows", "8", "--e2e-batch", "2", "--save-every", "1")
 
 
 @pytest.fixture(scope="module")
