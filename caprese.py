@@ -28,14 +28,19 @@ ROW_BYTES = 2048  # CATS reads single rows of its matrices if they are at least 
 def statistic(z, prompt=None):
     """GRIFFIN's s of equation (3): z [B, T, F] -> [B, F], over the tokens where prompt [B, T] is True.
 
-    Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j.
+    Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j. Squared: the energy of
+    each token weighted by the inverse of its sum.
     """
     wide = torch.promote_types(z.dtype, torch.float32)  # sums of squares are too coarse in bfloat16
-    norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-20)
-    zbar = z / norm.to(z.dtype)
-    if prompt is not None:
-        zbar = zbar * prompt[..., None]
-    return torch.linalg.vector_norm(zbar, dim=1, dtype=wide)
+    size = 64 if z.device.type == "cpu" else z.shape[1]  # tokens at a time: what fits into a CPU's cache
+    total = torch.zeros(len(z), 1, z.shape[2], dtype=wide, device=z.device)
+    for at in range(0, z.shape[1], size):
+        energy = z[:, at:at + size].to(wide).square()
+        weight = energy.sum(-1).clamp_min(1e-30).reciprocal()
+        if prompt is not None:
+            weight = weight * prompt[:, at:at + size]
+        total += weight[:, None] @ energy
+    return total[:, 0].sqrt()
 
 
 def quantile(values, q):
