@@ -311,10 +311,13 @@ def active_parameters(model):
 
     CATS needs all of Wg to choose; the oracle needs all of everything.
     """
-    matrices = {"griffin": 3, "cats": 2}
-    dropped = sum(matrices.get(ff.method, 0) * (ff.gate_proj.out_features - ff.kept) * ff.gate_proj.in_features
-                  for ff in caprese.sparse_layers(model).values())
-    return sum(p.numel() for p in model.parameters()) - dropped
+    active = sum(p.numel() for p in model.parameters())
+    for ff in caprese.sparse_layers(model).values():
+        F_, D, dropped = ff.gate_proj.out_features, ff.gate_proj.in_features, ff.gate_proj.out_features - ff.kept
+        active -= {"griffin": 3, "cats": 2}.get(ff.method, 0) * D * dropped
+        if ff.method == "griffin":  # LoRA's factors lose the dropped neurons as well
+            active -= sum(p.numel() // F_ * dropped for p in ff.learned().values() if F_ in p.shape)
+    return active
 
 
 def accuracy(bench, args):
@@ -605,13 +608,8 @@ def account(model, way, prompt, generate, reselect):
     ffs = caprese.sparse_layers(model).values()
     learned = [p for ff in ffs for p in ff.learned().values()]
     weights = numbers(model.parameters()) - numbers(learned)
-    full = weights - (0 if config.tie_word_embeddings else model.model["embed_tokens"].weight.numel())
-    F_, active = config.intermediate_size, full
-    for ff in ffs:
-        matrices = {"griffin": 3, "cats": 2}[ff.method]  # that are read in part: CATS needs all of the gate
-        active -= round(matrices * config.hidden_size * (F_ - ff.kept))
-        for name, p in ff.learned().items():  # LoRA's factors lose the dropped neurons as well
-            active += p.numel() * ff.kept // F_ if F_ in p.shape and ff.method == "griffin" else p.numel()
+    table = 0 if config.tie_word_embeddings else model.model["embed_tokens"].weight.numel()  # of it one row is read
+    full, active = weights - table, active_parameters(model) - table
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * size
     read = position * (prompt + generate / 2)
     full_bytes, sparse_bytes = full * size + read, active * size + read
