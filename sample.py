@@ -36,7 +36,9 @@ def choose(logits, temperature=0.0, top_p=1.0, generator=None):
     p = torch.softmax(logits.float() / temperature, dim=-1)
     p, order = p.sort(dim=-1, descending=True)
     p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token already suffices
-    return order.gather(1, torch.multinomial(p, 1, generator=generator)).squeeze(1)
+    p = p.cumsum(dim=-1)
+    draw = p[:, -1:] * torch.rand(len(p), 1, device=p.device, generator=generator)  # one number a row, not V of them
+    return order.gather(1, torch.searchsorted(p, draw)).squeeze(1)
 
 
 @torch.no_grad()
