@@ -196,19 +196,27 @@ def walk(model, batch, visit):
 @torch.no_grad()
 def moments(model, pairs, args, progress=None):
     """{layer: (A, C, energy, m)}: sums of x^T x [D, D], x^T e [D, D], |e|^2 and x [D] over response tokens, float64."""
-    layers, D = caprese.sparse_layers(model), model.config.hidden_size
-    new = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=model.device)
-    sums = {ff: (new(D, D), new(D, D), new(), new(D)) for ff in layers.values()}
+    layers = caprese.sparse_layers(model)
+    sums = {ff: new_sums(model) for ff in layers.values()}
     chunks = data.chunks(pairs, args.rows * world()[1])
     named = {f"{i}.{name}": t for i, ff in layers.items() for name, t in zip("A C energy m".split(), sums[ff])}
     for step in (progress or Progress()).steps("layer-wise", len(chunks), named, sums=True):
         for batch in share(pairs, chunks[step], args, model.device):
-            def visit(ff, x, e):
-                x, e = x[batch.response].float(), e[batch.response].float()
-                for total, addend in zip(sums[ff], (x.T @ x, x.T @ e, e.square().sum(), x.sum(0))):
-                    total += addend
-            walk(model, batch, visit)
+            walk(model, batch, lambda ff, x, e: add_moments(sums[ff], x[batch.response], e[batch.response]))
     return {i: sums[ff] for i, ff in layers.items()}
+
+
+def new_sums(model):
+    """Zeros for x^T x [D, D], x^T e [D, D], |e|^2 and the sum of x [D], float64."""
+    D = model.config.hidden_size
+    return [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in ((D, D), (D, D), (), (D,))]
+
+
+def add_moments(sums, x, e):
+    """Add tokens x [N, D] and e [N, D] to new_sums()."""
+    x, e = x.float(), e.float()
+    for total, addend in zip(sums, (x.T @ x, x.T @ e, e.square().sum(), x.sum(0))):
+        total += addend
 
 
 def closed_form(A, C, rank, eps=1e-6):
@@ -257,10 +265,68 @@ def layerwise_closed(model, pairs, args, progress=None):
         gains = {i: values / sums[i][2] for i, (_, _, values) in solved.items()}
         ranks = split_ranks(gains, args.rank * len(layers))
     for i, (L, R, _) in solved.items():  # in order of their eigenvalues
-        layers[i].put(L=L[:, :ranks[i]], R=R[:ranks[i]])
-        if args.correction == "gated":
-            A, m = sums[i][0], sums[i][3]
-            layers[i].put(G=open_gate(A, m, layers[i].act)[:, None].repeat(1, ranks[i]))
+        take(layers[i], L[:, :ranks[i]], R[:ranks[i]], sums[i])
+
+
+def take(ff, L, R, sums):
+    """Make L [D, r] and R [r, D] the correction of ff; a gated one gets open gates, from the same sums."""
+    ff.put(L=L, R=R)
+    if ff.correction == "gated":
+        ff.put(G=open_gate(sums[0], sums[3], ff.act)[:, None].repeat(1, L.shape[1]))
+
+
+@torch.no_grad()
+def layerwise_sequential(model, pairs, args, progress=None):
+    """Layer-wise stage block by block (ours): each fit sees the inputs that the fits before it make, and its target is
+    not its own residual alone, but what takes the block's output to the full model's. So it mends what those before
+    it have left, too.
+
+    One pass. Between blocks the states of both models wait in the host's memory: in bfloat16 4 D bytes a token.
+    """
+    layers, fitted = caprese.sparse_layers(model), {}
+    for i, ff in layers.items():
+        ff.R.zero_()  # what is not fitted yet corrects nothing
+        fitted |= {f"{i}.{name}": p for name, p in ff.learned().items()}
+    batches = [batch for chunk in data.chunks(pairs, args.rows * world()[1])
+               for batch in share(pairs, chunk, args, model.device)]
+    states = [(model.embed(batch.tokens).cpu(),) * 2 for batch in batches]  # of the full and of the sparse model
+    at = 0  # the block that they have come to
+    for step in (progress or Progress()).steps("layer-wise", max(layers) + 1, fitted):
+        while at <= step:  # a resumed run first goes through the blocks that were fitted before
+            if at == step and at in layers:
+                sums = block_moments(model, at, batches, states)
+                take(layers[at], *closed_form(*sums[:2], args.rank)[:2], sums)
+                fitted |= {f"{at}.{name}": p for name, p in layers[at].learned().items()}
+            states = [tuple(x.cpu() for x in through(model, at, *both)) for both in zip(batches, states)]
+            at += 1
+
+
+def through(model, i, batch, states):
+    """Block i of the full and of the sparse model, each on its own states [B, T, D] -> [B, T, D]."""
+    beside = model.context(batch.tokens)[i]
+    return [model.layers[i](x.to(model.device), *beside, None, generated)
+            for x, generated in zip(states, (None, batch.generated))]
+
+
+def block_moments(model, i, batches, states):
+    """(A, C, energy, m) as moments() has them, of the sparse model's inputs to FF i and what its output lacks.
+
+    That is the difference of the blocks' outputs; where a norm stands between (Gemma 2), of the FFs' outputs.
+    """
+    ff = model.layers[i].mlp
+    sums = new_sums(model)
+    for batch, both in zip(batches, states):
+        calls = []
+        hook = ff.register_forward_hook(lambda ff, given, output: calls.append((given[0], output)))
+        try:
+            full, sparse = through(model, i, batch, both)
+        finally:
+            hook.remove()
+        (_, full_ff), (x, sparse_ff) = calls
+        e = full_ff - sparse_ff if model.config.post_norms else full - sparse
+        add_moments(sums, x[batch.response], e[batch.response])
+    add_up(*sums)
+    return sums
 
 
 def layerwise_loss(model, batch, tokens):
@@ -351,12 +417,13 @@ def train(model, pairs, loss_and_backward, lr, epochs, batch, args, stage, progr
 
 
 def layerwise(model, pairs, args, progress=None):
-    """The layer-wise stage as args.layerwise says: the closed form of (7), or the paper's Adam."""
-    if args.layerwise == "closed":
-        layerwise_closed(model, pairs, args, progress)
-    else:
+    """The layer-wise stage as args.layerwise says: the closed form of (7), block by block, or the paper's Adam."""
+    if args.layerwise == "adam":
         train(model, pairs, layerwise_loss, args.layerwise_lr, args.layerwise_epochs, args.layerwise_batch, args,
               "layer-wise", progress)
+    else:
+        fit = {"closed": layerwise_closed, "sequential": layerwise_sequential}[args.layerwise]
+        fit(model, pairs, args, progress)
 
 
 def end_to_end(model, pairs, args, progress=None):
@@ -448,7 +515,8 @@ def arguments(argv=None):
     add("--rank-budget", action=argparse.BooleanOptionalAction, help="split r x layers by the eigenvalues of the "
         f"closed form, where that is used {default('rank_budget')}")
     add("--correction", choices=caprese.CORRECTIONS, help=default("correction"))
-    add("--layerwise", choices=("closed", "adam", "none"), help=f"closed form of (7), or Adam {default('layerwise')}")
+    add("--layerwise", choices=("closed", "sequential", "adam", "none"), help="closed form of (7), the same block by "
+        f"block, or Adam {default('layerwise')}")
     add("--layerwise-lr", type=float, default=1e-3, help="of adam (default: %(default)s)")
     add("--layerwise-epochs", type=int, default=20, help="of adam (default: %(default)s)")
     add("--layerwise-batch", type=int, default=128, help="of adam (default: %(default)s)")
@@ -470,7 +538,7 @@ def arguments(argv=None):
             value = PAPER[key]
         if getattr(args, key) is None:
             setattr(args, key, value)
-    if args.layerwise == "closed" and args.correction == "lora":
+    if args.layerwise in ("closed", "sequential") and args.correction == "lora":
         raise ValueError("LoRA has no closed form; with --correction lora give --layerwise adam or none")
     if args.fsdp and args.method == "int4":
         raise ValueError("int4 rounds whole weights; it does not run with --fsdp")

@@ -380,26 +380,35 @@ class Transformer(nn.Module):
         tells which tokens are generated ones: None, nobody asks; False or True, none or all of this call; a bool
         tensor [B, T], token by token. The full FF treats all alike.
         """
-        T, config = tokens.shape[1], self.config
+        x = self.embed(tokens)
+        for layer, beside in zip(self.layers, self.context(tokens, cache)):
+            x = self.run(layer, x, *beside, cache, generated)
+        if cache is not None:
+            cache.move(tokens.shape[1])
+        return self.model["norm"](x)
+
+    def embed(self, tokens):
+        """What the first block gets: tokens [B, T] int64 -> [B, T, D]."""
+        x = F.embedding(tokens, self.model["embed_tokens"].weight)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)  # rounded to the dtype, as Gemma does
+        return x
+
+    def context(self, tokens, cache=None):
+        """What each block gets beside x: a list of (positions [B or 1, T], rope, mask), one for each block."""
+        T, windows = tokens.shape[1], self.config.windows
         start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.lengths
-        positions = start[:, None] + torch.arange(T, device=tokens.device)  # [B or 1, T]
+        positions = start[:, None] + torch.arange(T, device=tokens.device)
         end = T if cache is None else cache.span or T + cache.max_length
         ragged = cache is not None and (cache.ragged or cache.span)
         masks = {}
-        for window in set(config.windows):  # the cheapest form that says the same
+        for window in set(windows):  # the cheapest form that says the same
             if ragged or (window is not None and end > window) or 1 < T < end:
                 masks[window] = attention_mask(positions, end, window)
             else:
                 masks[window] = True if T > 1 else None
         rope = self.rope(positions)
-        x = F.embedding(tokens, self.model["embed_tokens"].weight)  # [B, T, D]
-        if config.scale_embeddings:
-            x = x * torch.tensor(config.hidden_size ** 0.5, dtype=x.dtype)  # rounded to the dtype, as Gemma does
-        for layer, window in zip(self.layers, config.windows):
-            x = self.run(layer, x, positions, rope, masks[window], cache, generated)
-        if cache is not None:
-            cache.move(T)
-        return self.model["norm"](x)
+        return [(positions, rope, masks[window]) for window in windows]
 
     def run(self, layer, *args):
         """One block. With self.recompute its activations are not kept for the way back but computed again."""

@@ -1,5 +1,6 @@
 """The closed form, both losses, the command. Run: python -m pytest tests/test_distill.py"""
 
+import contextlib
 import json
 import re
 import signal
@@ -125,6 +126,69 @@ def test_the_closed_form_leaves_no_more_than_adam(method):
     for i in closed:
         assert bare[i] == pytest.approx(1)
         assert closed[i] < adam[i] < 0.99
+
+
+def final_error(model):
+    """Of (8), on all samples."""
+    with torch.enable_grad():
+        return distill.e2e_loss(model, next(data.batches(pairs(), 40)), sum(len(r) for _, r in pairs()))
+
+
+@pytest.mark.parametrize("method, family", [("griffin", {}), ("cats", {}), ("int4", {}), ("griffin", {"model_type": "gemma2"})])
+def test_each_sequential_fit_is_the_optimum_given_those_before_it(method, family):
+    model = caprese.attach(tiny.model(**family), method, 0.4, range(4), rank=6)
+    distill.layerwise(model, pairs(), settings(rank=6, layerwise="sequential"))
+    for i, ff in caprese.sparse_layers(model).items():
+        L, R = ff.L.detach().double(), ff.R.detach().clone()
+        ff.R.data.zero_()
+        x, e = [], []
+        for prompt, response in pairs():  # sample by sample, without padding, through the whole model
+            tokens, seen = torch.tensor([prompt + response]), []
+            generated = torch.arange(tokens.shape[1])[None] >= len(prompt)
+            for which in (None, generated):
+                hooks = [ff.register_forward_hook(lambda m, given, out: seen.append((given[0], out))),
+                         model.layers[i].register_forward_hook(lambda m, given, out: seen.append(out))]
+                model.hidden(tokens, generated=which)
+                for hook in hooks:
+                    hook.remove()
+            (_, ff_full), full, (inputs, ff_sparse), sparse = seen
+            lacks = ff_full - ff_sparse if family else full - sparse
+            x.append(inputs[generated].double())
+            e.append(lacks[generated].double())
+        ff.R.data.copy_(R)
+        x, e = torch.cat(x), torch.cat(e)
+        B = torch.linalg.lstsq(x, e).solution
+        V = torch.linalg.svd(x @ B, full_matrices=False).Vh[:6].T
+        # The excess over the optimum that float32 states and the ridge cost.
+        assert energy(x, e, L, R.double()) < energy(x, e, B @ V, V.T) * 1.001
+        assert energy(x, e, L, R.double()) < 0.99 * e.square().sum()
+
+
+@pytest.mark.parametrize("method", ["griffin", "cats"])
+def test_sequential_fits_come_closer_to_the_full_model_than_the_plain_closed_form(method):
+    left = {}
+    for layerwise in ("none", "closed", "sequential"):
+        model = caprese.attach(tiny.model(), method, 0.4, range(4), rank=6)
+        if layerwise != "none":
+            distill.layerwise(model, pairs(), settings(rank=6, layerwise=layerwise))
+        left[layerwise] = final_error(model)
+    assert left["sequential"] < left["closed"] < left["none"]
+
+
+def test_sequential_resumes_within_the_stage(tmp_path):
+    """Told to stop after the first block and resumed, it ends with the same bits."""
+    ends = []
+    for resume in (None, False, True):
+        model = caprese.attach(tiny.model(), "griffin", 0.4, range(4), rank=6)
+        progress = distill.Progress(None if resume is None else str(tmp_path / "state"), 1, {}, resume)
+        progress.stop = resume is False
+        with pytest.raises(KeyboardInterrupt) if progress.stop else contextlib.nullcontext():
+            distill.layerwise(model, pairs(), settings(rank=6, layerwise="sequential"), progress)
+        assert progress.step == (1 if progress.stop else 4)
+        ends.append(learned(model))
+    whole, stopped, resumed = ends
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert torch.equal(whole["0.R"], stopped["0.R"]) and not stopped["3.R"].any()
 
 
 def test_an_open_gate_is_one_where_the_inputs_share_a_direction():
@@ -355,7 +419,8 @@ def test_resuming_the_wrong_thing_is_refused(tmp_path):
         assert done.returncode == 2 and words in done.stderr
 
 
-@pytest.mark.parametrize("args", [(), ("--fsdp", "--recompute", "--layerwise", "adam", "--loss", "kl",
+@pytest.mark.parametrize("args", [(), ("--layerwise", "sequential"), ("--fsdp", "--layerwise", "sequential"),
+                                  ("--fsdp", "--recompute", "--layerwise", "adam", "--loss", "kl",
                                        "--layerwise-epochs", "1")])
 def test_two_processes_learn_what_one_does(tmp_path, args):
     """Data-parallel over gloo, both stages; an odd number of samples leaves one process an empty batch."""
@@ -385,6 +450,7 @@ def test_two_processes_learn_what_one_does(tmp_path, args):
     (["--samples", "0"], "samples"),
     (["--correction", "lora", "--layerwise", "closed"], "--layerwise"),
     (["--rank-budget", "--layerwise", "adam"], "--rank-budget"),
+    (["--rank-budget", "--layerwise", "sequential"], "--rank-budget"),
     (["--fsdp"], "torchrun"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(args, words):
