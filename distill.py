@@ -265,10 +265,10 @@ def layerwise_closed(model, pairs, args, progress=None):
         gains = {i: values / sums[i][2] for i, (_, _, values) in solved.items()}
         ranks = split_ranks(gains, args.rank * len(layers))
     for i, (L, R, _) in solved.items():  # in order of their eigenvalues
-        take(layers[i], L[:, :ranks[i]], R[:ranks[i]], sums[i])
+        adopt(layers[i], L[:, :ranks[i]], R[:ranks[i]], sums[i])
 
 
-def take(ff, L, R, sums):
+def adopt(ff, L, R, sums):
     """Make L [D, r] and R [r, D] the correction of ff; a gated one gets open gates, from the same sums."""
     ff.put(L=L, R=R)
     if ff.correction == "gated":
@@ -295,7 +295,7 @@ def layerwise_sequential(model, pairs, args, progress=None):
         while at <= step:  # a resumed run first goes through the blocks that were fitted before
             if at == step and at in layers:
                 sums = block_moments(model, at, batches, states)
-                take(layers[at], *closed_form(*sums[:2], args.rank)[:2], sums)
+                adopt(layers[at], *closed_form(*sums[:2], args.rank)[:2], sums)
                 fitted |= {f"{at}.{name}": p for name, p in layers[at].learned().items()}
             states = [tuple(x.cpu() for x in through(model, at, *both)) for both in zip(batches, states)]
             at += 1
