@@ -139,10 +139,10 @@ class Bench:
     tokenizer = property(lambda self: self.loaded[1])
 
     def recipe(self, rank=None, correction="linear"):
-        """distill.py's settings: the closed form, then E2E; a correction without a closed form goes to E2E at once."""
+        """distill.py's settings: both stages as it has them; a correction without a closed form goes to E2E at once."""
         args = self.args
         flags = ["--seed", args.seed, "--correction", correction]
-        flags += ["--layerwise", "closed" if correction == "linear" else "none"]
+        flags += [] if correction == "linear" else ["--layerwise", "none"]
         for flag, value in (("--samples", args.samples), ("--rank", rank or args.rank)):
             flags += [flag, value] if value else []
         flags += ["--model", args.model, *(f for file in args.train for f in ("--data", file))] if args.model else []

@@ -29,12 +29,13 @@ import sample
 # was measured), and what suits the embedded model.
 PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "rank_budget": False,
          "correction": "linear", "loss": "mse", "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16, "recompute": True}
-OURS = PAPER | {"layerwise": "closed", "rank_budget": True, "loss": "kl"}
-EMBEDDED = OURS | {"density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
-                   "e2e_batch": 32, "recompute": False}
+OURS = PAPER | {"layerwise": "sequential", "rank_budget": True, "loss": "kl"}
+EMBEDDED = OURS | {"layerwise": "closed", "density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32,
+                   "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch": 32, "recompute": False}
 EVALUATION_SEED = 1234  # of the held-out problems
 RESIDUAL_SAMPLES = 256  # training samples that the table's residual_left, the mean over the layers, is taken on
 KL_CHUNK = 1024         # tokens whose logits are alive at once
+WAITING = 1 << 20       # tokens whose states wait between two blocks, at most: for D = 4096 in bfloat16 17 GB
 
 
 # ---- processes: with torchrun each holds the same L and R and takes its share of the rows of every batch
@@ -281,9 +282,11 @@ def layerwise_sequential(model, pairs, args, progress=None):
     not its own residual alone, but what takes the block's output to the full model's. So it mends what those before
     it have left, too.
 
-    One pass. Between blocks the states of both models wait in the host's memory: in bfloat16 4 D bytes a token.
+    One pass. Between blocks the states of both models wait in the host's memory, in bfloat16 4 D bytes a token; so
+    where there are more tokens than WAITING, every n-th sample must do.
     """
     layers, fitted = caprese.sparse_layers(model), {}
+    pairs = pairs[::-(-sum(len(prompt) + len(response) for prompt, response in pairs) // WAITING)]
     for i, ff in layers.items():
         ff.R.zero_()  # what is not fitted yet corrects nothing
         fitted |= {f"{i}.{name}": p for name, p in ff.learned().items()}
@@ -513,7 +516,7 @@ def arguments(argv=None):
     add("--layers", default="paper", help="paper (griffin: the first half, others: all), all, or 0,1,2")
     add("--rank", type=int, help=f"r {default('rank')}")
     add("--rank-budget", action=argparse.BooleanOptionalAction, help="split r x layers by the eigenvalues of the "
-        f"closed form, where that is used {default('rank_budget')}")
+        f"closed form, with --layerwise closed {default('rank_budget')}")
     add("--correction", choices=caprese.CORRECTIONS, help=default("correction"))
     add("--layerwise", choices=("closed", "sequential", "adam", "none"), help="closed form of (7), the same block by "
         f"block, or Adam {default('layerwise')}")

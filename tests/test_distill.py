@@ -175,6 +175,17 @@ def test_sequential_fits_come_closer_to_the_full_model_than_the_plain_closed_for
     assert left["sequential"] < left["closed"] < left["none"]
 
 
+def test_sequential_takes_every_nth_sample_where_not_all_fit(monkeypatch):
+    total = sum(len(prompt) + len(response) for prompt, response in pairs())
+    fits = []
+    for samples, limit in ((pairs(), (total + 1) // 2), (pairs()[::2], total), (pairs(), total)):
+        monkeypatch.setattr(distill, "WAITING", limit)
+        model = caprese.attach(tiny.model(), "griffin", 0.4, rank=6)
+        distill.layerwise(model, samples, settings(rank=6, layerwise="sequential"))
+        fits.append(learned(model)["0.L"])
+    assert torch.equal(fits[0], fits[1]) and not torch.equal(fits[0], fits[2])
+
+
 def test_sequential_resumes_within_the_stage(tmp_path):
     """Told to stop after the first block and resumed, it ends with the same bits."""
     ends = []
