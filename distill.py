@@ -1,7 +1,8 @@
 """Learn L and R: python distill.py
 
-Layer-wise first (every FF block on its own, inputs from the full model, equation (7)), then end-to-end (all blocks
-together, equation (8)). The base weights stay frozen. Without arguments: the embedded model, and a table at the end.
+Layer-wise first (every FF block on its own, inputs from the full model, equation (7); for real models block by block,
+inputs from the blocks fitted before), then end-to-end (all blocks together, equation (8)). The base weights stay
+frozen. Without arguments: the embedded model, and a table at the end.
 On several devices: torchrun --nproc_per_node=N distill.py ... (--fsdp where one device cannot hold the base).
 """
 
@@ -127,10 +128,11 @@ class Progress:
         signal.signal(signal.SIGINT, ask_to_stop)
 
     @torch.no_grad()
-    def steps(self, stage, total, tensors, sums=False):
+    def steps(self, stage, total, tensors, sums=False, every=None):
         """Yield the steps of a stage that are left, after the saved state, if it is this stage's, went into `tensors`.
 
-        tensors {name: tensor} are what the caller updates in place; sums: each process holds an addend of them.
+        tensors {name: tensor} are what the caller updates in place; sums: each process holds an addend of them. every:
+        steps between checkpoints, where these steps are of another length than most.
         """
         self.first, before = (self.step, self.seconds) if self.stage == stage else (0, 0.0)
         if self.stage == stage:
@@ -144,7 +146,7 @@ class Progress:
             self.step, self.seconds = step + 1, time.perf_counter() - start
             stop = torch.tensor(float(self.stop), device=next(iter(tensors.values())).device)
             add_up(stop)  # all processes stop if one is told to
-            if self.file and (stop or self.step % self.every == 0 or self.step == total):
+            if self.file and (stop or self.step % (every or self.every) == 0 or self.step == total):
                 if sums:
                     add_up(*tensors.values())
                 self.save(tensors)
@@ -294,7 +296,7 @@ def layerwise_sequential(model, pairs, args, progress=None):
                for batch in share(pairs, chunk, args, model.device)]
     states = [(model.embed(batch.tokens).cpu(),) * 2 for batch in batches]  # of the full and of the sparse model
     at = 0  # the block that they have come to
-    for step in (progress or Progress()).steps("layer-wise", max(layers) + 1, fitted):
+    for step in (progress or Progress()).steps("layer-wise", max(layers) + 1, fitted, every=1):
         while at <= step:  # a resumed run first goes through the blocks that were fitted before
             if at == step and at in layers:
                 sums = block_moments(model, at, batches, states)

@@ -134,7 +134,8 @@ def final_error(model):
         return distill.e2e_loss(model, next(data.batches(pairs(), 40)), sum(len(r) for _, r in pairs()))
 
 
-@pytest.mark.parametrize("method, family", [("griffin", {}), ("cats", {}), ("int4", {}), ("griffin", {"model_type": "gemma2"})])
+@pytest.mark.parametrize("method, family", [("griffin", {}), ("cats", {}), ("int4", {}),
+                                            ("griffin", {"model_type": "gemma2"})])
 def test_each_sequential_fit_is_the_optimum_given_those_before_it(method, family):
     model = caprese.attach(tiny.model(**family), method, 0.4, range(4), rank=6)
     distill.layerwise(model, pairs(), settings(rank=6, layerwise="sequential"))
@@ -186,12 +187,13 @@ def test_sequential_takes_every_nth_sample_where_not_all_fit(monkeypatch):
     assert torch.equal(fits[0], fits[1]) and not torch.equal(fits[0], fits[2])
 
 
-def test_sequential_resumes_within_the_stage(tmp_path):
-    """Told to stop after the first block and resumed, it ends with the same bits."""
-    ends = []
+def test_sequential_resumes_within_the_stage(tmp_path, monkeypatch):
+    """Told to stop after the first block and resumed, it ends with the same bits; it saves after each block."""
+    ends, saved, save = [], [], distill.Progress.save
+    monkeypatch.setattr(distill.Progress, "save", lambda self, tensors: (saved.append(self.step), save(self, tensors)))
     for resume in (None, False, True):
         model = caprese.attach(tiny.model(), "griffin", 0.4, range(4), rank=6)
-        progress = distill.Progress(None if resume is None else str(tmp_path / "state"), 1, {}, resume)
+        progress = distill.Progress(None if resume is None else str(tmp_path / "state"), 100, {}, resume)
         progress.stop = resume is False
         with pytest.raises(KeyboardInterrupt) if progress.stop else contextlib.nullcontext():
             distill.layerwise(model, pairs(), settings(rank=6, layerwise="sequential"), progress)
@@ -200,6 +202,7 @@ def test_sequential_resumes_within_the_stage(tmp_path):
     whole, stopped, resumed = ends
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert torch.equal(whole["0.R"], stopped["0.R"]) and not stopped["3.R"].any()
+    assert saved == [1, 2, 3, 4]
 
 
 def test_an_open_gate_is_one_where_the_inputs_share_a_direction():
