@@ -421,7 +421,7 @@ def residual(bench, args):
     for method in ("topk", "griffin", "cats"):
         for share in tqdm(DENSITIES, desc=method, leave=False, disable=None):
             model = caprese.attach(bench.model, method, share, range(len(bench.model.layers)))
-            seen = residual_moments(model, rest, recipe.rows)
+            seen = distill.moments(model, rest, recipe)
             errors = {}
             for i, (A, C, E, total) in residual_moments(model, unseen, recipe.rows).items():
                 L, R, _ = distill.closed_form(*seen[i][:2], max(ranks))

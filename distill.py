@@ -294,41 +294,43 @@ def layerwise_sequential(model, pairs, args, progress=None):
         fitted |= {f"{i}.{name}": p for name, p in ff.learned().items()}
     batches = [batch for chunk in data.chunks(pairs, args.rows * world()[1])
                for batch in share(pairs, chunk, args, model.device)]
-    states = [(model.embed(batch.tokens).cpu(),) * 2 for batch in batches]  # of the full and of the sparse model
+    full = [model.embed(batch.tokens).cpu() for batch in batches]  # the full model's states [B, T, D]
+    sparse = list(full)
     at = 0  # the block that they have come to
     for step in (progress or Progress()).steps("layer-wise", max(layers) + 1, fitted, every=1):
         while at <= step:  # a resumed run first goes through the blocks that were fitted before
             if at == step and at in layers:
-                sums = block_moments(model, at, batches, states)
+                sums = block_moments(model, at, batches, full, sparse)
                 adopt(layers[at], *closed_form(*sums[:2], args.rank)[:2], sums)
                 fitted |= {f"{at}.{name}": p for name, p in layers[at].learned().items()}
-            states = [tuple(x.cpu() for x in through(model, at, *both)) for both in zip(batches, states)]
+            for j, batch in enumerate(batches):  # one by one, so that old and new states are not all there at once
+                full[j] = run_block(model, at, batch, full[j]).cpu()
+                sparse[j] = run_block(model, at, batch, sparse[j], batch.generated).cpu()
             at += 1
 
 
-def through(model, i, batch, states):
-    """Block i of the full and of the sparse model, each on its own states [B, T, D] -> [B, T, D]."""
-    beside = model.context(batch.tokens)[i]
-    return [model.layers[i](x.to(model.device), *beside, None, generated)
-            for x, generated in zip(states, (None, batch.generated))]
+def run_block(model, i, batch, x, generated=None):
+    """Block i on its input states x [B, T, D], as Transformer.hidden runs it."""
+    return model.layers[i](x.to(model.device), *model.context(batch.tokens)[i], None, generated)
 
 
-def block_moments(model, i, batches, states):
+def block_moments(model, i, batches, full, sparse):
     """(A, C, energy, m) as moments() has them, of the sparse model's inputs to FF i and what its output lacks.
 
     That is the difference of the blocks' outputs; where a norm stands between (Gemma 2), of the FFs' outputs.
+    full and sparse are the block's input states in the two models, a list with one [B, T, D] for each batch.
     """
-    ff = model.layers[i].mlp
-    sums = new_sums(model)
-    for batch, both in zip(batches, states):
+    ff, sums = model.layers[i].mlp, new_sums(model)
+    for batch, x_full, x_sparse in zip(batches, full, sparse):
         calls = []
         hook = ff.register_forward_hook(lambda ff, given, output: calls.append((given[0], output)))
         try:
-            full, sparse = through(model, i, batch, both)
+            e = run_block(model, i, batch, x_full) - run_block(model, i, batch, x_sparse, batch.generated)
         finally:
             hook.remove()
-        (_, full_ff), (x, sparse_ff) = calls
-        e = full_ff - sparse_ff if model.config.post_norms else full - sparse
+        (_, ff_full), (x, ff_sparse) = calls
+        if model.config.post_norms:
+            e = ff_full - ff_sparse
         add_moments(sums, x[batch.response], e[batch.response])
     add_up(*sums)
     return sums
