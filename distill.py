@@ -1,15 +1,16 @@
 """Learn L and R: python distill.py
 
-Layer-wise first (every FF block on its own, inputs from the full model, equation (7); for real models block by block,
-inputs from the blocks fitted before), then end-to-end (all blocks together, equation (8)). The base weights stay
-frozen. Without arguments: the embedded model, and a table at the end.
-On several devices: torchrun --nproc_per_node=N distill.py ... (--fsdp where one device cannot hold the base).
+Layer-wise first (each FF block by itself, equation (7)), then end-to-end (all blocks together,
+equation (8)). The base weights stay frozen. Without arguments: the bundled model, and a table.
+On several devices: torchrun --nproc_per_node=N distill.py ...; with --fsdp where one device cannot
+hold the base weights.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -25,599 +26,724 @@ from tqdm import tqdm
 import caprese
 import data
 import sample
+from model import resolve
 
-# What a flag means where it is not given. The paper's recipe (section 4), ours for real models (RESULTS.md says what
-# was measured), and what suits the embedded model.
-PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "rank_budget": False,
-         "correction": "linear", "loss": "mse", "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch": 16, "recompute": True}
-OURS = PAPER | {"layerwise": "sequential", "rank_budget": True, "loss": "kl"}
-EMBEDDED = OURS | {"layerwise": "closed", "density": sample.EMBEDDED_DENSITY, "samples": 6000, "rank": 32,
-                   "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch": 32, "recompute": False}
-EVALUATION_SEED = 1234  # of the held-out problems
-RESIDUAL_SAMPLES = 256  # training samples that the table's residual_left, the mean over the layers, is taken on
-KL_CHUNK = 1024         # tokens whose logits are alive at once
-WAITING = 1 << 20       # tokens whose states wait between two blocks, at most: for D = 4096 in bfloat16 17 GB
+# What a flag means where it is not given: the paper's recipe (section 4), ours for real models
+# (RESULTS.md says what was measured), and what suits the bundled model.
+PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "loss": "mse",
+         "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch_size": 16}
+DEFAULTS = PAPER | {"layerwise": "sequential", "loss": "kl"}
+BUNDLED = DEFAULTS | {"density": sample.BUNDLED_DENSITY, "samples": 6000, "rank": 32,
+                      "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch_size": 32}
+ADAM = {"lr": 1e-3, "epochs": 20, "batch_size": 128}  # the paper's layer-wise stage
+EVALUATION_SEED = 1234       # of the held-out problems
+UNEXPLAINED_SAMPLES = 256    # training samples that the table's column is measured on
+LOGIT_CHUNK = 1024           # tokens whose logits are in memory at once
+MAX_WAITING_TOKENS = 1 << 20  # whose states wait between two blocks: 17 GB at D = 4096, bfloat16
 
 
-# ---- processes: with torchrun each holds the same L and R and takes its share of the rows of every batch
+# ---- processes: under torchrun each holds the same L and R and takes its part of every batch
 
-def world():
-    """(rank, number) of this process; (0, 1) without torchrun."""
+def process_group():
+    """(rank, world_size) of this process; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def add_up(*tensors):
+def all_reduce(*tensors):
     """Sum each tensor over all processes, in place."""
-    if world()[1] > 1:
+    if process_group()[1] > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
 
-def share(pairs, chunk, args, device):
-    """This process's rows of a batch of sample indices, as Batches of at most args.rows; equally many everywhere."""
-    rank, number = world()
-    for at in range(0, len(chunk), args.rows * number):
-        mine = chunk[at:at + args.rows * number][rank::number]
-        yield data.collate(pairs, mine or chunk[:1], device, counted=bool(mine))
+def micro_batches(samples, indices, args, device):
+    """This process's part of a batch of sample indices, as Batches; equally many on every rank."""
+    rank, world_size = process_group()
+    size = args.micro_batch * world_size
+    for start in range(0, len(indices), size):
+        own = indices[start:start + size][rank::world_size]
+        yield data.collate(samples, own or indices[:1], device, counted=bool(own))
 
 
 def start_processes(args):
-    """Join the other processes of torchrun, if it started this one; each takes the device of its rank."""
+    """Join the other processes of torchrun, if it started this one; rank 0 alone prints."""
     if "WORLD_SIZE" not in os.environ:
-        if args.fsdp:
-            raise ValueError("--fsdp is for several processes: torchrun --nproc_per_node=N distill.py --fsdp ...")
         return
     cuda = args.device.startswith("cuda")
     if cuda:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("nccl" if cuda else "gloo")
-    if world()[0]:
+    if dist.get_rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def shard(model, device):
-    """Spread the weights of every block over the devices (FSDP), one block at a time; the rest is whole on each.
+    """Spread the weights of every layer over the devices (FSDP); the rest is whole on each.
 
-    What attach() adds later stays whole as well. Returns the share of the weights that this process holds.
+    Returns the fraction of the weights that this process holds.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    count = lambda: sum(getattr(p, "to_local", lambda: p)().numel() for p in model.parameters())
-    total, mesh = count(), init_device_mesh(torch.device(device).type, (world()[1],))
-    for block in model.layers:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    for name in ("embed_tokens", "norm"):
-        model.model[name].to(device)
-    if hasattr(model, "lm_head"):
-        model.lm_head.to(device)
-    return count() / total
+    total = sum(p.numel() for p in model.parameters())
+    mesh = init_device_mesh(torch.device(device).type, (process_group()[1],))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+    sharded = sum(p.to_local().numel() for p in model.model.layers.parameters())
+    for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
+        if module is not None:
+            module.to(device)
+            sharded += sum(p.numel() for p in module.parameters())
+    return sharded / total
 
 
 # ---- interruption: what must survive a kill
 
 class Progress:
-    """Where the work stands: the stage, its step, the stage's tensors and the rows of the table so far.
+    """Where the work stands: the stage, its step, the stage's tensors and the table so far.
 
-    Written to `file` every `every` steps, after a stage and when the process is told to stop; a resumed run goes on
-    from there, on the CPU to bit-identical results. `settings` must be the same for both, or it is refused with a
-    ValueError. Without a file nothing is written.
+    It is written to `file` every `every` steps, after a stage and when the process is told to stop.
+    A resumed run continues from there, on a CPU to the same bits; its settings must be the same.
+    Without a file nothing is written. Raises ValueError or FileNotFoundError for a state that does
+    not fit.
     """
 
     def __init__(self, file=None, every=100, settings=None, resume=False):
         self.file, self.every, self.settings, self.rows = file, every, settings, []
-        self.stage, self.step, self.seconds, self.tensors, self.stop = None, 0, 0.0, {}, False
-        if resume and not os.path.exists(file):
-            raise FileNotFoundError(f"there is nothing to resume: {file} does not exist")
+        self.stage, self.step, self.seconds, self.tensors = None, 0, 0.0, {}
+        self.stop_requested = False
         if resume:
-            self.tensors, about = caprese.load_tensors(file)
-            differ = [k for k, v in settings.items() if (about or {}).get("settings", {}).get(k) != v]
-            if differ:
-                raise ValueError(f"{file} is of a run with another {', '.join(differ)}; resume with the same settings")
-            self.stage, self.step, self.seconds, self.rows = (about[k] for k in ("stage", "step", "seconds", "rows"))
+            self.load()
         elif file and os.path.exists(file):
-            raise ValueError(f"{file} is left of an interrupted run; continue it with --resume, or delete it")
+            raise ValueError(f"{file} is left of an interrupted run; add --resume, or delete it")
+
+    def load(self):
+        """Take the saved state; ValueError if it is of a run with other settings."""
+        if not os.path.exists(self.file):
+            raise FileNotFoundError(f"there is nothing to resume: {self.file} does not exist")
+        self.tensors, about = caprese.load_tensors(self.file)
+        saved = (about or {}).get("settings", {})
+        differ = [key for key, value in self.settings.items() if saved.get(key) != value]
+        if differ:
+            raise ValueError(f"{self.file} is of a run with another {', '.join(differ)}")
+        self.stage, self.step = about["stage"], about["step"]
+        self.seconds, self.rows = about["seconds"], about["rows"]
 
     def catch_signals(self):
-        """SIGTERM and Ctrl-C end the run after the step at hand, with all saved; a second one ends it at once."""
-        def ask_to_stop(number, frame):
-            self.stop = True
+        """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once."""
+        def request_stop(number, frame):
+            self.stop_requested = True
             signal.signal(number, signal.default_int_handler)
 
-        signal.signal(signal.SIGTERM, ask_to_stop)
-        signal.signal(signal.SIGINT, ask_to_stop)
+        signal.signal(signal.SIGTERM, request_stop)
+        signal.signal(signal.SIGINT, request_stop)
+
+    def stop_agreed(self, device):
+        """Has any process been told to stop? All processes get the same answer."""
+        flag = torch.tensor(float(self.stop_requested), device=device)
+        all_reduce(flag)
+        return bool(flag)
+
+    def interrupt(self):
+        """End the run with what was saved last."""
+        raise KeyboardInterrupt(f"the state is in {self.file}, --resume continues")
 
     @torch.no_grad()
     def steps(self, stage, total, tensors, sums=False, every=None):
-        """Yield the steps of a stage that are left, after the saved state, if it is this stage's, went into `tensors`.
+        """Yield the remaining steps of a stage, once a saved state of it is back in `tensors`.
 
-        tensors {name: tensor} are what the caller updates in place; sums: each process holds an addend of them. every:
-        steps between checkpoints, where these steps are of another length than most.
+        tensors {name: tensor} are what the caller updates in place. sums says that each process
+        holds an addend of them. every overrides the number of steps between two checkpoints.
         """
-        self.first, before = (self.step, self.seconds) if self.stage == stage else (0, 0.0)
-        if self.stage == stage:
+        resumed = self.stage == stage
+        self.first = self.step if resumed else 0
+        start = time.perf_counter() - (self.seconds if resumed else 0.0)
+        if resumed:
             for name, tensor in tensors.items():
-                tensor.copy_(self.tensors[name] if world()[0] == 0 or not sums else torch.zeros_like(tensor))
-            torch.set_rng_state(self.tensors["rng"])  # no step draws from it; a fork's may
-        start, self.stage, self.tensors = time.perf_counter() - before, stage, {}
-        self.bar = tqdm(range(self.first, total), initial=self.first, total=total, desc=stage, disable=None)
+                tensor.copy_(self.tensors[name])
+            keep_on_rank_0(tensors, sums)
+            torch.set_rng_state(self.tensors["rng"])
+        self.stage, self.step, self.tensors = stage, self.first, {}
+        if self.file and not resumed:  # so that there is a state whenever the run is interrupted
+            self.save(tensors)
+        self.bar = tqdm(range(self.first, total), stage, total, initial=self.first, disable=None)
         for step in self.bar:
             yield step
             self.step, self.seconds = step + 1, time.perf_counter() - start
-            stop = torch.tensor(float(self.stop), device=next(iter(tensors.values())).device)
-            add_up(stop)  # all processes stop if one is told to
-            if self.file and (stop or self.step % (every or self.every) == 0 or self.step == total):
+            stop = self.stop_agreed(next(iter(tensors.values())).device)
+            due = self.step % (every or self.every) == 0 or self.step == total
+            if self.file and (stop or due):
                 if sums:
-                    add_up(*tensors.values())
+                    all_reduce(*tensors.values())
                 self.save(tensors)
-                if sums and world()[0]:
-                    for tensor in tensors.values():
-                        tensor.zero_()  # process 0 has all of it now
+                keep_on_rank_0(tensors, sums)
             if stop:
-                raise KeyboardInterrupt(f"the state is in {self.file}, --resume continues")
+                self.interrupt()
         if sums:
-            add_up(*tensors.values())
+            all_reduce(*tensors.values())
 
     def save(self, tensors):
-        """Write the state; ValueError, with the last good one left alone, if it holds a number that is none."""
-        if not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError(f"{self.stage} diverged at step {self.step}; try a smaller learning rate")
-        if world()[0] == 0:
-            about = {k: getattr(self, k) for k in ("stage", "step", "seconds", "rows", "settings")}
-            tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            caprese.save_tensors(tensors | {"rng": torch.get_rng_state()}, self.file, about)
+        """Write the state. ValueError, and the last good one is kept, if a value is not finite."""
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(f"{self.stage} diverged at step {self.step}; lower the learning rate")
+        if process_group()[0] == 0:
+            about = {"stage": self.stage, "step": self.step, "seconds": self.seconds,
+                     "rows": self.rows, "settings": self.settings}
+            on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+            caprese.save_tensors(on_host | {"rng": torch.get_rng_state()}, self.file, about)
 
 
-# ---- layer-wise
+def keep_on_rank_0(tensors, sums):
+    """If these are sums that every process has in full, set them to zero on the other ranks."""
+    if sums and process_group()[0] > 0:
+        for tensor in tensors.values():
+            tensor.zero_()
+
+
+# ---- layer-wise, streaming: inputs from the full model, one pass for all blocks
 
 @torch.no_grad()
-def walk(model, batch, visit):
-    """One pass of the ORIGINAL model over a batch; visit(ff, x, e) at each sparse layer in turn.
+def run_layer(model, i, batch, x, phase="full"):
+    """Layer i on its input states x [B, T, D]: its output [B, T, D] in a phase of the model."""
+    inputs = model.model.layer_inputs(batch.tokens)[i]
+    with caprese.phase(model, phase, batch.generated):
+        return model.model.layers[i](x, *inputs)
 
-    x [B, T, D] are the layer's inputs, e [B, T, D] = FF(x) - FF_sparse(x). One layer's activations are alive at a
-    time, and the pass ends after the last sparse layer.
+
+@torch.no_grad()
+def stream_residuals(model, batch, consume):
+    """One pass of the full model; consume(ff, x, residual, output) at each sparse layer in turn.
+
+    x are the inputs of the FF, residual is FF(x) - FF_sparse(x), output is FF(x), each [N, D] over
+    the response tokens. Nothing is kept, and the pass ends after the last sparse layer.
     """
-    def instead(ff):
-        def forward(x, generated=None):
-            full, e = ff.residual(x, batch.generated)
-            visit(ff, x, e)
-            return full
-        return forward
+    def hook(ff, inputs, output):
+        x, response = inputs[0], batch.response
+        residual = ff.residual(x, batch.generated)
+        consume(ff, x[response], residual[response], output[response])
 
-    layers, all_layers = caprese.sparse_layers(model), model.model["layers"]
-    try:
-        for ff in layers.values():
-            ff.forward = instead(ff)  # on the object, over the method of its class
-        model.model["layers"] = all_layers[:max(layers) + 1]
-        model.hidden(batch.tokens)
-    finally:
-        model.model["layers"] = all_layers
-        for ff in layers.values():
-            del ff.forward
-
-
-@torch.no_grad()
-def moments(model, pairs, args, progress=None):
-    """{layer: (A, C, energy, m)}: sums of x^T x [D, D], x^T e [D, D], |e|^2 and x [D] over response tokens, float64."""
     layers = caprese.sparse_layers(model)
-    sums = {ff: new_sums(model) for ff in layers.values()}
-    chunks = data.chunks(pairs, args.rows * world()[1])
-    named = {f"{i}.{name}": t for i, ff in layers.items() for name, t in zip("A C energy m".split(), sums[ff])}
-    for step in (progress or Progress()).steps("layer-wise", len(chunks), named, sums=True):
-        for batch in share(pairs, chunks[step], args, model.device):
-            walk(model, batch, lambda ff, x, e: add_moments(sums[ff], x[batch.response], e[batch.response]))
-    return {i: sums[ff] for i, ff in layers.items()}
+    hooks = [ff.register_forward_hook(hook) for ff in layers.values()]
+    try:
+        x = model.model.embed(batch.tokens)
+        for i in range(max(layers) + 1):
+            x = run_layer(model, i, batch, x)
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
-def new_sums(model):
-    """Zeros for x^T x [D, D], x^T e [D, D], |e|^2 and the sum of x [D], float64."""
+def new_moments(model):
+    """Zeros for A = sum x^T x and C = sum x^T e, both [D, D] in float64."""
     D = model.config.hidden_size
-    return [torch.zeros(shape, dtype=torch.float64, device=model.device) for shape in ((D, D), (D, D), (), (D,))]
+    return torch.zeros(2, D, D, dtype=torch.float64, device=model.device).unbind()
 
 
-def add_moments(sums, x, e):
-    """Add tokens x [N, D] and e [N, D] to new_sums()."""
+def add_moments(A, C, x, e):
+    """Add the tokens x [N, D] and e [N, D] to A and C."""
     x, e = x.float(), e.float()
-    for total, addend in zip(sums, (x.T @ x, x.T @ e, e.square().sum(), x.sum(0))):
-        total += addend
+    A += x.T @ x
+    C += x.T @ e
 
 
 def closed_form(A, C, rank, eps=1e-6):
-    """The minimiser of (7): reduced-rank regression of e on x from their moments A and C, both [D, D].
+    """The minimiser of (7): reduced-rank regression of e on x from their moments A and C [D, D].
 
-    B = (A + eps I)^-1 C is the full-rank solution. Among all rank-r maps the best is B V V^T, where V are the top-r
-    eigenvectors of B^T A B, the covariance of what B predicts. Returns L = B V [D, r], R = V^T [r, D], and all
-    eigenvalues, largest first: each says how much residual energy one more rank takes away.
+    B = (A + eps I)^-1 C is the full-rank solution, eps in units of A's mean diagonal. Among all
+    maps of rank r the best is B V V^T, where V are the top r eigenvectors of B^T A B, the
+    covariance of what B predicts. Returns L = B V [D, r] and R = V^T [r, D], best directions first.
     """
-    B = torch.linalg.solve(A + ridge(A, eps), C)
-    values, V = torch.linalg.eigh(B.T @ A @ B)
+    ridge = eps * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
+    B = torch.linalg.solve(A + ridge, C)
+    V = torch.linalg.eigh(B.T @ A @ B).eigenvectors  # smallest eigenvalues first
     V = V[:, -rank:].flip(1)
-    return B @ V, V.T, values.flip(0)
+    return B @ V, V.T
 
 
-def ridge(A, eps=1e-6):
-    """eps I of the closed form, in units of A's mean diagonal: it decides where the data say nothing."""
-    return eps * A.diagonal().mean() * torch.eye(len(A), dtype=A.dtype, device=A.device)
-
-
-def open_gate(A, m, act):
-    """The direction g [D] with x g as close as can be to the constant c at which act(c) = 1, from sums A and m.
-
-    So gated neurons start as the linear ones of (9), "gate one". It works well because normalised inputs share a
-    direction: in the embedded model x g strays from c by 1 to 5% of its energy.
-    """
-    c = torch.linspace(0, 3, 30001, dtype=A.dtype, device=A.device)
-    c = c[(act(c) - 1).abs().argmin()]
-    return c * torch.linalg.solve(A + ridge(A), m)
-
-
-def split_ranks(gains, total):
-    """{layer: rank}: a budget of `total` ranks, each given where its gain {layer: [D], largest first} is largest."""
-    least = torch.cat(list(gains.values())).sort(descending=True).values[total - 1]
-    return {i: int((values >= least).sum()) for i, values in gains.items()}
-
-
-def layerwise_closed(model, pairs, args, progress=None):
-    """Layer-wise stage in one pass: every sparse layer gets the optimum of (7), of equal ranks or of a split budget."""
+def layerwise_closed(model, samples, args, progress):
+    """Give every sparse layer the optimum of (7), in one pass of the full model."""
     layers = caprese.sparse_layers(model)
-    sums = moments(model, pairs, args, progress)
-    solved = {i: closed_form(A, C, len(A)) for i, (A, C, *_) in sums.items()}
-    ranks = dict.fromkeys(layers, args.rank)
-    if args.rank_budget:
-        # by the share of its own layer's residual: by plain energy the late layers, where all is larger, take too much
-        gains = {i: values / sums[i][2] for i, (_, _, values) in solved.items()}
-        ranks = split_ranks(gains, args.rank * len(layers))
-    for i, (L, R, _) in solved.items():  # in order of their eigenvalues
-        adopt(layers[i], L[:, :ranks[i]], R[:ranks[i]], sums[i])
-
-
-def adopt(ff, L, R, sums):
-    """Make L [D, r] and R [r, D] the correction of ff; a gated one gets open gates, from the same sums."""
-    ff.put(L=L, R=R)
-    if ff.correction == "gated":
-        ff.put(G=open_gate(sums[0], sums[3], ff.act)[:, None].repeat(1, L.shape[1]))
-
-
-@torch.no_grad()
-def layerwise_sequential(model, pairs, args, progress=None):
-    """Layer-wise stage block by block (ours): each fit sees the inputs that the fits before it make, and its target is
-    not its own residual alone, but what takes the block's output to the full model's. So it mends what those before
-    it have left, too.
-
-    One pass. Between blocks the states of both models wait in the host's memory, in bfloat16 4 D bytes a token; so
-    where there are more tokens than WAITING, every n-th sample must do.
-    """
-    layers, fitted = caprese.sparse_layers(model), {}
-    pairs = pairs[::-(-sum(len(prompt) + len(response) for prompt, response in pairs) // WAITING)]
+    moments = {ff: new_moments(model) for ff in layers.values()}
+    named = {}
     for i, ff in layers.items():
-        ff.R.zero_()  # what is not fitted yet corrects nothing
-        fitted |= {f"{i}.{name}": p for name, p in ff.learned().items()}
-    batches = [batch for chunk in data.chunks(pairs, args.rows * world()[1])
-               for batch in share(pairs, chunk, args, model.device)]
-    full = [model.embed(batch.tokens).cpu() for batch in batches]  # the full model's states [B, T, D]
-    sparse = list(full)
-    at = 0  # the block that they have come to
-    for step in (progress or Progress()).steps("layer-wise", max(layers) + 1, fitted, every=1):
-        while at <= step:  # a resumed run first goes through the blocks that were fitted before
-            if at == step and at in layers:
-                sums = block_moments(model, at, batches, full, sparse)
-                adopt(layers[at], *closed_form(*sums[:2], args.rank)[:2], sums)
-                fitted |= {f"{at}.{name}": p for name, p in layers[at].learned().items()}
-            for j, batch in enumerate(batches):  # one by one, so that old and new states are not all there at once
-                full[j] = run_block(model, at, batch, full[j]).cpu()
-                sparse[j] = run_block(model, at, batch, sparse[j], batch.generated).cpu()
-            at += 1
+        named[f"{i}.A"], named[f"{i}.C"] = moments[ff]
 
+    def consume(ff, x, residual, output):
+        add_moments(*moments[ff], x, residual)
 
-def run_block(model, i, batch, x, generated=None):
-    """Block i on its input states x [B, T, D], as Transformer.hidden runs it."""
-    return model.layers[i](x.to(model.device), *model.context(batch.tokens)[i], None, generated)
-
-
-def block_moments(model, i, batches, full, sparse):
-    """(A, C, energy, m) as moments() has them, of the sparse model's inputs to FF i and what its output lacks.
-
-    That is the difference of the blocks' outputs; where a norm stands between (Gemma 2), of the FFs' outputs.
-    full and sparse are the block's input states in the two models, a list with one [B, T, D] for each batch.
-    """
-    ff, sums = model.layers[i].mlp, new_sums(model)
-    for batch, x_full, x_sparse in zip(batches, full, sparse):
-        calls = []
-        hook = ff.register_forward_hook(lambda ff, given, output: calls.append((given[0], output)))
-        try:
-            e = run_block(model, i, batch, x_full) - run_block(model, i, batch, x_sparse, batch.generated)
-        finally:
-            hook.remove()
-        (_, ff_full), (x, ff_sparse) = calls
-        if model.config.post_norms:
-            e = ff_full - ff_sparse
-        add_moments(sums, x[batch.response], e[batch.response])
-    add_up(*sums)
-    return sums
+    batches = data.batch_indices(samples, args.micro_batch * process_group()[1])
+    for step in progress.steps("layer-wise", len(batches), named, sums=True):
+        for batch in micro_batches(samples, batches[step], args, model.device):
+            stream_residuals(model, batch, consume)
+    for ff in layers.values():
+        ff.set_adapter(*closed_form(*moments[ff], args.rank))
 
 
 def layerwise_loss(model, batch, tokens):
-    """Equation (7), summed over the layers, which share no parameter: each trains as if alone. Runs backward.
+    """Equation (7), summed over the layers, which share no parameter. Runs backward.
 
-    Like e2e_loss, returns this batch's part of the mean over `tokens` response tokens.
+    Returns this batch's part of the mean over `tokens` response tokens.
     """
-    total = 0.0
+    losses = []
 
-    def visit(ff, x, e):
-        nonlocal total
+    def consume(ff, x, residual, output):
         with torch.enable_grad():
-            loss = (e - ff.correct(x))[batch.response].float().square().sum() / tokens  # (7)
+            loss = (residual - ff.correction(x)).float().square().sum() / tokens  # (7)
             loss.backward()
-        total += loss.item()
+        losses.append(loss.item())
 
-    walk(model, batch, visit)
-    return total
+    stream_residuals(model, batch, consume)
+    return sum(losses)
 
+
+def unexplained(model, samples, args):
+    """{layer: fraction of the residual's energy in (7) that the correction does not explain}."""
+    layers = caprese.sparse_layers(model)
+    energies = {ff: torch.zeros(2, dtype=torch.float64) for ff in layers.values()}
+
+    def consume(ff, x, residual, output):
+        remaining = (residual - ff.correction(x)).float().square().sum()
+        energies[ff] += torch.stack([remaining, residual.float().square().sum()]).cpu()
+
+    if layers:
+        for batch in data.batches(samples, args.micro_batch, model.device):
+            stream_residuals(model, batch, consume)
+    return {i: float(energies[ff][0] / energies[ff][1]) for i, ff in layers.items()}
+
+
+# ---- layer-wise, block by block: inputs from the sparse model as fitted so far (ours)
 
 @torch.no_grad()
-def residual_left(model, pairs, args):
-    """{layer: share of the residual energy of (7) that the correction leaves} on samples; {} with nothing attached."""
-    sums = {}
+def layerwise_sequential(model, samples, args, progress):
+    """Fit block by block, each on the inputs that the fits before it make.
 
-    def visit(ff, x, e):
-        left = torch.stack([(e - ff.correct(x))[batch.response].float().square().sum(),
-                            e[batch.response].float().square().sum()]).double()
-        sums[ff] = sums.get(ff, 0) + left
+    The target is what takes the block's output to the full model's, so a fit mends what those
+    before it could not. Between two blocks the states of both models wait on the host. Where the
+    samples have more than MAX_WAITING_TOKENS tokens, every n-th of them is used.
+    """
+    layers, device = caprese.sparse_layers(model), model.device
+    samples = samples[::waiting_stride(samples)]
+    learned = {}
+    for i, ff in layers.items():
+        ff.set_adapter(*(torch.zeros_like(p) for p in (ff.L, ff.R)))
+        learned |= {f"{i}.L": ff.L, f"{i}.R": ff.R}
+    batches = []
+    for indices in data.batch_indices(samples, args.micro_batch * process_group()[1]):
+        batches += micro_batches(samples, indices, args, device)
+    full = [model.model.embed(batch.tokens).cpu() for batch in batches]  # [B, T, D] each
+    sparse = list(full)
+    last = max(layers)
+    for i in progress.steps("layer-wise", last + 1, learned, every=1):
+        if i == progress.first:  # a resumed run passes the blocks that were fitted before
+            for j in range(i):
+                advance_states(model, j, batches, full, "full", progress)
+                advance_states(model, j, batches, sparse, "mixed", progress)
+        if i in layers:
+            fit_block(model, i, batches, full, sparse, args, progress)
+        else:
+            advance_states(model, i, batches, full, "full", progress)
+        if i < last:
+            advance_states(model, i, batches, sparse, "mixed", progress)
 
-    for batch in data.batches(pairs, args.rows, model.device) if caprese.sparse_layers(model) else ():
-        walk(model, batch, visit)
-    return {i: float(sums[ff][0] / sums[ff][1]) for i, ff in caprese.sparse_layers(model).items()}
+
+def waiting_stride(samples):
+    """Every how manieth sample is used, so that at most MAX_WAITING_TOKENS tokens wait."""
+    tokens = sum(len(prompt) + len(response) for prompt, response in samples)
+    return -(-tokens // MAX_WAITING_TOKENS)
+
+
+def advance_states(model, i, batches, states, phase, progress):
+    """Take the waiting states, a list of [B, T, D], through layer i in place."""
+    for j, batch in enumerate(batches):
+        if progress.stop_agreed(model.device):
+            progress.interrupt()
+        states[j] = run_layer(model, i, batch, states[j].to(model.device), phase).cpu()
+
+
+def fit_block(model, i, batches, full, sparse, args, progress):
+    """Fit L and R of layer i to what the sparse block's output lacks, and advance the full states.
+
+    That is the difference of the blocks' outputs, or of the FFs' outputs where a norm stands
+    between (Gemma 2).
+    """
+    ff, (A, C), calls = model.model.layers[i].mlp, new_moments(model), []
+
+    def hook(ff, inputs, output):
+        calls.append((inputs[0], output))
+
+    handle = ff.register_forward_hook(hook)
+    try:
+        for j, batch in enumerate(batches):
+            if progress.stop_agreed(model.device):
+                progress.interrupt()
+            full_output = run_layer(model, i, batch, full[j].to(model.device))
+            sparse_output = run_layer(model, i, batch, sparse[j].to(model.device), "mixed")
+            (_, ff_full), (x, ff_sparse) = calls
+            calls.clear()
+            e = ff_full - ff_sparse if model.config.post_norms else full_output - sparse_output
+            add_moments(A, C, x[batch.response], e[batch.response])
+            full[j] = full_output.cpu()
+    finally:
+        handle.remove()
+    all_reduce(A, C)
+    L, R = closed_form(A, C, args.rank)
+    ff.L.copy_(L)
+    ff.R.copy_(R)
 
 
 # ---- end-to-end
 
-def e2e_loss(model, batch, tokens, kind="mse"):
-    """Equation (8): MSE between the final embeddings of the full and of the sparse model; or the KL divergence of
-    their next-token distributions, in nats, which is ours. Runs backward."""
-    here = batch.response
+def e2e_loss(model, batch, tokens, loss="mse"):
+    """Equation (8): the MSE between the final embeddings of the full and of the sparse model.
+
+    Or, ours, the KL divergence of their next-token distributions, in nats. Runs backward. Returns
+    this batch's part of the mean over `tokens` response tokens.
+    """
     with torch.no_grad():
-        teacher = model.hidden(batch.tokens)[here]  # [N, D], the full model: the same weights
-    student = model.hidden(batch.tokens, generated=batch.generated)[here]
-    if kind == "mse":
-        loss = (student - teacher).float().square().mean(-1).sum() / tokens  # (8)
-    else:
-        pieces = zip(student.split(KL_CHUNK), teacher.split(KL_CHUNK))
-        loss = sum(checkpoint(divergence, model, s, t, use_reentrant=False) for s, t in pieces) / tokens
-    loss.backward()
-    return loss.item()
+        teacher = model.model(batch.tokens)[batch.response]  # [N, D]; the weights are the same
+    with caprese.phase(model, "mixed", batch.generated):  # around backward, which may recompute
+        student = model.model(batch.tokens)[batch.response]
+        if loss == "mse":
+            total = (student - teacher).float().square().mean(-1).sum() / tokens  # (8)
+        else:
+            total = 0.0
+            for s, t in zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK)):
+                total = total + checkpoint(kl_divergence, model, s, t, use_reentrant=False) / tokens
+        total.backward()
+    return total.item()
 
 
-def divergence(model, student, teacher):
+def kl_divergence(model, student, teacher):
     """Sum over tokens of KL(full || sparse), from final embeddings [N, D] each."""
-    full, sparse = (model.logits(h).float().log_softmax(-1) for h in (teacher, student))
+    full = model.logits(teacher).float().log_softmax(-1)
+    sparse = model.logits(student).float().log_softmax(-1)
     return F.kl_div(sparse, full, log_target=True, reduction="sum")
 
 
-def train(model, pairs, loss_and_backward, lr, epochs, batch, args, stage, progress=None):
-    """Adam on the correction with a linear schedule and 2% warm-up, as in the paper, for the given loss."""
-    learned = {f"{i}.{name}": p for i, ff in caprese.sparse_layers(model).items() for name, p in ff.learned().items()}
+@torch.no_grad()
+def kl_to_full(model, samples, micro_batch=4):
+    """How close the sparse model's next-token distributions come to the full model's.
+
+    Over all response positions that have a next token. Returns kl, the mean KL(full || sparse) in
+    nats; agreement, the fraction of equal top tokens; perplexity, of the sparse model.
+    """
+    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    bar = tqdm(data.batches(samples, micro_batch, model.device), desc="KL", leave=False,
+               total=-(-len(samples) // micro_batch), disable=None)
+    for batch in bar:
+        followed = batch.response[:, :-1] & batch.response[:, 1:]
+        targets = batch.tokens[:, 1:][followed]
+        full = model.model(batch.tokens)[:, :-1][followed]  # [N, D]
+        with caprese.phase(model, "mixed", batch.generated):
+            sparse = model.model(batch.tokens)[:, :-1][followed]
+        chunks = (tensor.split(LOGIT_CHUNK) for tensor in (full, sparse, targets))
+        for full_chunk, sparse_chunk, target in zip(*chunks):
+            full_log = model.logits(full_chunk).float().log_softmax(-1)  # [n, V]
+            sparse_log = model.logits(sparse_chunk).float().log_softmax(-1)
+            kl = F.kl_div(sparse_log, full_log, log_target=True, reduction="sum")
+            agreed = (full_log.argmax(-1) == sparse_log.argmax(-1)).sum()
+            nll = F.nll_loss(sparse_log, target, reduction="sum")
+            sums += torch.stack([kl, agreed, nll]).double().cpu()
+        count += len(targets)
+        bar.set_postfix(kl=f"{sums[0] / max(1, count):.3f}")
+    kl, agreement, nll = (sums / max(1, count)).tolist()
+    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(nll)}
+
+
+# ---- Adam, and the two stages
+
+def train(model, samples, loss_and_backward, args, stage, progress, lr, epochs, batch_size):
+    """Adam on the correction with a linear schedule and 2% warm-up, as in the paper."""
+    learned = {}
+    for i, ff in caprese.sparse_layers(model).items():
+        learned |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
     state = dict(learned)
-    for name, p in learned.items():  # made here, not at the first step, so that a resumed run can fill it
-        moments_ = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        optimizer.state[p] = moments_
-        state |= {f"{name}.{key}": value for key, value in moments_.items()}
-    an_epoch = -(-len(pairs) // batch)
-    total = epochs * an_epoch
-    warm = max(1, round(0.02 * total))
-    progress = progress or Progress()
+    for name, p in learned.items():  # made now, so that a resumed run can fill it
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+        state |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+    steps_per_epoch = -(-len(samples) // batch_size)
+    total = epochs * steps_per_epoch
+    warm_up = max(1, round(0.02 * total))
     for step in progress.steps(stage, total, state):
-        epoch, at = divmod(step, an_epoch)
-        if at == 0 or step == progress.first:
-            chunks = data.chunks(pairs, batch, seed=args.seed + epoch)
-        chunk = chunks[at]
-        tokens = sum(len(pairs[i][1]) for i in chunk)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm, (total - step) / (total - warm + 1))
+        epoch, position = divmod(step, steps_per_epoch)
+        if position == 0 or step == progress.first:
+            batches = data.batch_indices(samples, batch_size, seed=args.seed + epoch)
+        indices = batches[position]
+        tokens = sum(len(samples[i][1]) for i in indices)
+        decay = (total - step) / (total - warm_up + 1)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up, decay)
         optimizer.zero_grad()
-        loss = torch.tensor(sum(loss_and_backward(model, b, tokens) for b in share(pairs, chunk, args, model.device)))
-        loss = loss.to(model.device)
-        add_up(loss, *(p.grad for p in learned.values()))
+        loss = torch.zeros((), device=model.device)
+        for batch in micro_batches(samples, indices, args, model.device):
+            loss += loss_and_backward(model, batch, tokens)
+        all_reduce(loss, *(p.grad for p in learned.values()))
         if not loss.isfinite():
-            raise ValueError(f"the {stage} loss is {loss} at step {step}; try a smaller learning rate")
+            raise ValueError(f"{stage} diverged at step {step}; lower the learning rate")
         optimizer.step()
         progress.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
 
-def layerwise(model, pairs, args, progress=None):
-    """The layer-wise stage as args.layerwise says: the closed form of (7), block by block, or the paper's Adam."""
-    if args.layerwise == "adam":
-        train(model, pairs, layerwise_loss, args.layerwise_lr, args.layerwise_epochs, args.layerwise_batch, args,
-              "layer-wise", progress)
+def layerwise(model, samples, args, progress=None):
+    """The layer-wise stage: (7) block by block, in closed form, or by the paper's Adam."""
+    progress = progress or Progress()
+    if args.layerwise == "sequential":
+        layerwise_sequential(model, samples, args, progress)
+    elif args.layerwise == "closed":
+        layerwise_closed(model, samples, args, progress)
     else:
-        fit = {"closed": layerwise_closed, "sequential": layerwise_sequential}[args.layerwise]
-        fit(model, pairs, args, progress)
+        train(model, samples, layerwise_loss, args, "layer-wise", progress, **ADAM)
 
 
-def end_to_end(model, pairs, args, progress=None):
-    """The end-to-end stage."""
-    model.recompute = args.recompute
-    train(model, pairs, partial(e2e_loss, kind=args.loss), args.e2e_lr, args.e2e_epochs, args.e2e_batch, args,
-          "E2E", progress)
-    model.recompute = False
+def end_to_end(model, samples, args, progress=None):
+    """The end-to-end stage, (8)."""
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    train(model, samples, partial(e2e_loss, loss=args.loss), args, "E2E", progress or Progress(),
+          args.e2e_lr, args.e2e_epochs, args.e2e_batch_size)
+    model.model.gradient_checkpointing = False
 
 
 # ---- the command
 
-def embedded_task(model, tokenizer, args):
-    """Training pairs for the embedded model, and a function that measures it on held-out problems."""
-    share = args.samples // 8  # some reading, so that the correction learns to leave it alone
-    samples = data.problems("maths", args.samples - share, args.seed) + data.problems("reading", share, args.seed)
-    held_out = [data.problems("maths", args.eval_samples, EVALUATION_SEED, evaluation=True),
-                data.problems("reading", -(-args.eval_samples // 2), EVALUATION_SEED, evaluation=True, distinct=True)]
-
-    def measure():
-        (maths, tokens), (reading, _) = (sample.evaluate(model, tokenizer, p, max_new_tokens=128) for p in held_out)
-        return {"math_accuracy": maths, "reading_accuracy": reading, "mean_response_tokens": tokens}
-
-    return data.encode_samples(samples, tokenizer), measure
+def training_samples(args, tokenizer):
+    """Encoded training samples: those of --data, or the bundled model's problems."""
+    if args.model:
+        return [s for file in args.data for s in read_samples(file, args.samples, args, tokenizer)]
+    reading = args.samples // 8  # some, so that the correction learns to do no harm there
+    problems = data.problems("maths", args.samples - reading, args.seed)
+    problems += data.problems("reading", reading, args.seed)
+    return data.encode_samples(problems, tokenizer)
 
 
-def file_task(model, tokenizer, args):
-    """Training pairs from --data, and a function that measures the KL to the full model on each --eval-data."""
-    def read(file, count):
-        return data.encode_samples(data.read_samples(file, count, args.skip_bad), tokenizer, args.max_tokens)
+def read_samples(file, count, args, tokenizer):
+    """The first `count` encoded samples of a file."""
+    problems = data.read_problems(file, count, args.skip_bad)
+    return data.encode_samples(problems, tokenizer, args.max_tokens)
 
-    unseen = {Path(file).stem: read(file, args.eval_samples) for file in args.eval_data}
 
-    def measure():
-        return {f"{name} {key}": value for name, pairs in unseen.items()
-                for key, value in sample.fidelity(model, pairs).items()}
+def evaluation(args, tokenizer):
+    """measure(model) -> columns of the table: on --eval-data the KL to the full model, else the
+    accuracy of the bundled model on held-out problems."""
+    count = args.eval_samples
+    unseen = {Path(file).stem: read_samples(file, count, args, tokenizer)
+              for file in args.eval_data}
+    maths = data.problems("maths", count, EVALUATION_SEED, evaluation=True)
+    reading = data.problems("reading", -(-count // 2), EVALUATION_SEED, True, distinct=True)
 
-    return [pair for file in args.data for pair in read(file, args.samples)], measure
+    def measure(model):
+        row = {}
+        for name, samples in unseen.items():
+            kl = kl_to_full(model, samples)
+            row |= {f"{name} {key}": value for key, value in kl.items()}
+        if not args.model:
+            accuracy, tokens = sample.evaluate(model, tokenizer, maths, max_new_tokens=128)
+            row |= {"math_accuracy": accuracy, "mean_response_tokens": tokens}
+            accuracy, _ = sample.evaluate(model, tokenizer, reading, max_new_tokens=128)
+            row["reading_accuracy"] = accuracy
+        return row
+
+    return measure
 
 
 def recovered(rows):
-    """Share of what the sparse method lost that the last row has back: 1.0 is all, None if nothing was lost.
+    """The fraction of what the sparse method lost that the last row regained; None without a loss.
 
-    Of the maths accuracy, or else of the KL (whose value for the full model is 0) on the first evaluation file.
+    Of the maths accuracy, or else of the KL on the first evaluation file, 0 for the full model.
     """
-    key = next((k for k in rows[0] if k == "math_accuracy" or k.endswith(" kl")), None)
-    if key is None or len(rows) < 3 or rows[0][key] == rows[1][key]:
+    keys = [key for key in rows[0] if key == "math_accuracy" or key.endswith(" kl")]
+    if not keys or len(rows) < 3:
         return None
-    return (rows[-1][key] - rows[1][key]) / (rows[0][key] - rows[1][key])
+    full, sparse, current = (row[keys[0]] for row in (rows[0], rows[1], rows[-1]))
+    return None if full == sparse else (current - sparse) / (full - sparse)
 
 
-def table(rows):
-    """Rows of equal keys as aligned text."""
-    show = lambda v: "-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v)
-    cells = [list(rows[0])] + [[show(v) for v in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(c.rjust(w) if j else c.ljust(w) for j, (c, w) in enumerate(zip(line, widths)))
-                     for line in cells)
+def format_table(rows):
+    """Dictionaries of equal keys as aligned text."""
+    lines = [list(rows[0])]
+    for row in rows:
+        cells = []
+        for value in row.values():
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            cells.append("-" if value is None else text)
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        line[1:] = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        line[0] = line[0].ljust(widths[0])
+    return "\n".join("  ".join(line) for line in lines)
 
 
-def layer_list(text, model):
-    """--layers as indices, or None for the paper's choice."""
-    if text in ("paper", "all"):
-        return None if text == "paper" else range(len(model.layers))
-    try:
-        return [int(i) for i in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--layers is {text!r}; give paper, all, or indices such as 0,1,2") from None
+def layer_indices(text):
+    """What --layers gives: "all", or indices."""
+    if text != "all" and not all(i.isdecimal() for i in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text} is neither all nor indices as 0,1,2")
+    return text if text == "all" else [int(i) for i in text.split(",")]
 
 
 def arguments(argv=None):
-    """The command line, with the defaults of PAPER, OURS or EMBEDDED filled in."""
-    default = lambda key: f"(default: {OURS[key]}; embedded model: {EMBEDDED[key]})"
-    parser = sample.common_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
+    """The command line, the defaults filled in; ValueError for flags that do not go together."""
+    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0]))
     add = parser.add_argument
     add("--data", action="append", default=[], metavar="FILE",
-        help="training samples, JSONL or JSON, local or hf://datasets/OWNER/NAME/FILE; may be repeated")
+        help="training samples, JSONL or JSON, local or hf://datasets/OWNER/NAME/FILE; repeatable")
     add("--eval-data", action="append", default=[], metavar="FILE",
-        help="unseen samples to measure the KL to the full model on; may be repeated")
-    add("--samples", type=int, help=f"training samples of each file at most {default('samples')}")
-    add("--eval-samples", type=int, default=500, help="evaluation samples at most (default: %(default)s)")
+        help="unseen samples to measure the KL to the full model on; repeatable")
+    add("--samples", type=sample.positive,
+        help="training samples of each file at most " + default("samples"))
+    add("--eval-samples", type=sample.positive, default=500, help="default: %(default)s")
     add("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
-    add("--skip-bad", action="store_true", help="leave out lines that are no samples, and say which")
+    add("--skip-bad", action="store_true", help="drop lines that are no samples, and name them")
     add("--paper", action="store_true", help="the paper's choices wherever a flag is not given")
     add("--method", choices=caprese.METHODS, default="griffin")
-    add("--density", type=float, help=f"share of neurons kept, in (0, 1] {default('density')}")
-    add("--layers", default="paper", help="paper (griffin: the first half, others: all), all, or 0,1,2")
-    add("--rank", type=int, help=f"r {default('rank')}")
-    add("--rank-budget", action=argparse.BooleanOptionalAction, help="split r x layers by the eigenvalues of the "
-        f"closed form, with --layerwise closed {default('rank_budget')}")
-    add("--correction", choices=caprese.CORRECTIONS, help=default("correction"))
-    add("--layerwise", choices=("closed", "sequential", "adam", "none"), help="closed form of (7), the same block by "
-        f"block, or Adam {default('layerwise')}")
-    add("--layerwise-lr", type=float, default=1e-3, help="of adam (default: %(default)s)")
-    add("--layerwise-epochs", type=int, default=20, help="of adam (default: %(default)s)")
-    add("--layerwise-batch", type=int, default=128, help="of adam (default: %(default)s)")
-    add("--loss", choices=("mse", "kl"), help=f"end-to-end: on the final embedding, or the logits {default('loss')}")
+    add("--density", type=float, help="kept neurons, in (0, 1] " + default("density"))
+    add("--layers", type=layer_indices,
+        help="all, or indices as 0,1,2 (default: for griffin the first half, else all)")
+    add("--rank", type=sample.positive, help="r " + default("rank"))
+    add("--layerwise", choices=("sequential", "closed", "adam", "none"),
+        help="(7) block by block, in closed form, by Adam, or not " + default("layerwise"))
+    add("--loss", choices=("mse", "kl"),
+        help="end-to-end: on the final embedding, or on the logits " + default("loss"))
     add("--e2e-lr", type=float, help=default("e2e_lr"))
-    add("--e2e-epochs", type=int, help=f"0: no end-to-end stage {default('e2e_epochs')}")
-    add("--e2e-batch", type=int, help=default("e2e_batch"))
-    add("--rows", type=int, default=16, help="samples that pass through the model at once (default: %(default)s)")
-    add("--recompute", action=argparse.BooleanOptionalAction, help="activation checkpointing, for memory "
-        + default("recompute"))
-    add("--fsdp", action="store_true", help="under torchrun: shard the base weights over the devices")
-    add("--save-every", type=int, default=100, help="steps between checkpoints (default: %(default)s)")
-    add("--resume", action="store_true", help="go on from the checkpoint of an interrupted run, --out's name + .state")
-    add("--out", default="adapter.safetensors", help="adapter file to write (default: %(default)s)")
+    add("--e2e-epochs", type=int, help="0: no end-to-end stage " + default("e2e_epochs"))
+    add("--e2e-batch-size", type=sample.positive, help=default("e2e_batch_size"))
+    add("--micro-batch", type=sample.positive, default=16,
+        help="samples that pass through the model at once (default: %(default)s)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="recompute activations, for memory (default: yes; bundled model: no)")
+    add("--fsdp", action="store_true", help="under torchrun: shard the base over the devices")
+    add("--save-every", type=sample.positive, default=100, help="steps (default: %(default)s)")
+    add("--resume", action="store_true", help="continue an interrupted run from --out's .state")
+    add("--out", default="adapter.safetensors", help="adapter to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    asked_for_budget = args.rank_budget
-    for key, value in (EMBEDDED if not args.model else OURS).items():
-        if args.paper and key in ("layerwise", "rank_budget", "correction", "loss"):
-            value = PAPER[key]
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-    if args.layerwise in ("closed", "sequential") and args.correction == "lora":
-        raise ValueError("LoRA has no closed form; with --correction lora give --layerwise adam or none")
-    if args.fsdp and args.method == "int4":
-        raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
-    if asked_for_budget and args.layerwise != "closed":
-        raise ValueError("--rank-budget splits by the eigenvalues of the closed form; it needs --layerwise closed")
-    if bool(args.model) != bool(args.data):
-        raise ValueError("--model and --data go together: the samples that teach another model than the embedded one")
-    for key in ("samples", "eval_samples", "rank", "e2e_batch", "layerwise_batch", "rows", "save_every"):
-        if getattr(args, key) < 1:
-            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at least 1")
-    if not Path(args.out).absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out {args.out} does not exist")
+    fill_defaults(args)
+    check_arguments(args)
     return args
 
 
+def default(key):
+    """The help text of a default."""
+    return f"(default: {DEFAULTS[key]}; bundled model: {BUNDLED[key]}; --paper: {PAPER[key]})"
+
+
+def fill_defaults(args):
+    """Set the flags that are not given.
+
+    With --paper all are the paper's, but the bundled model has no room for a rank of 256.
+    """
+    values = DEFAULTS if args.model else BUNDLED
+    if args.paper:
+        values = PAPER if args.model else PAPER | {"rank": BUNDLED["rank"]}
+    for key, value in (values | {"gradient_checkpointing": bool(args.model)}).items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+
+
+def check_arguments(args):
+    """ValueError, in one line, for flags that cannot be served."""
+    if args.fsdp and args.method == "int4":
+        raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        raise ValueError("--fsdp needs torchrun --nproc_per_node=N distill.py --fsdp ...")
+    if bool(args.model) != bool(args.data):
+        raise ValueError("--model and --data go together: a model and the samples that teach it")
+    if not Path(args.out).absolute().parent.is_dir():
+        raise ValueError(f"the folder of --out {args.out} does not exist")
+
+
 def settings(args):
-    """What a resumed run must share with the interrupted one: every flag that changes the result."""
-    free = ("device", "json", "resume", "save_every", "fsdp", "recompute")
-    return {k: v for k, v in vars(args).items() if k not in free}
+    """What a resumed run must have in common with the interrupted one."""
+    free = ("device", "json", "resume", "save_every", "fsdp", "gradient_checkpointing")
+    return {key: value for key, value in vars(args).items() if key not in free}
 
 
-def main():
-    args = arguments()
-    start_processes(args)
+def describe(args, model, samples, where):
+    """The two lines at the start."""
+    kept = "weights of 4 bits" if args.method == "int4" else f"density {args.density}"
+    text = (f"Distilling {args.method}, {kept}, x L R of rank {args.rank}, into "
+            f"{args.model or 'the bundled model'} on {where}.\n{len(samples)} samples, layer-wise "
+            f"{args.layerwise}, end-to-end {args.e2e_epochs} epochs by {args.loss}.")
+    if args.layerwise == "sequential" and waiting_stride(samples) > 1:
+        text += f" Layer-wise takes every {waiting_stride(samples)}th sample, for memory."
+    if args.paper:
+        ours = [f"{key} {getattr(args, key)}" for key in PAPER if getattr(args, key) != PAPER[key]]
+        if model.dtype != torch.bfloat16:
+            ours.append(str(model.dtype))
+        text += f" Not the paper's: {', '.join(ours) or 'nothing'}."
+    return text
+
+
+def sample_command(args):
+    """The command that tries the adapter."""
+    words = ["python", "sample.py", "--adapter", str(args.out)]
+    if args.model:
+        words += ["--model", args.model, "your question"]
+    return shlex.join(words)
+
+
+def distill(args):
+    """Both stages and the table, as args say; writes the adapter."""
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
     progress = Progress(f"{args.out}.state", args.save_every, settings(args), args.resume)
     progress.catch_signals()
-    model, tokenizer = sample.load(args, "cpu" if args.fsdp else args.device)
-    where = f"{world()[1]} x {args.device}"
+    tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
+    samples, measure = training_samples(args, tokenizer), evaluation(args, tokenizer)
+    model, _ = sample.load(args, "cpu" if args.fsdp else args.device)
+    where = f"{process_group()[1]} x {args.device}"
     if args.fsdp:
         where += f", each with {shard(model, args.device):.0%} of the base weights"
-    attach = lambda: caprese.attach(model, args.method, args.density, layer_list(args.layers, model), args.rank,
-                                    args.correction)
-    caprese.detach(attach())  # bad settings end here, before any work
-    pairs, measure = (file_task if args.model else embedded_task)(model, tokenizer, args)
-    print(f"Distilling {args.method} at density {args.density}, {args.correction} correction of rank {args.rank}, "
-          f"into {args.model or 'the embedded model'} on {where}:\n{len(pairs)} samples, "
-          f"layer-wise {args.layerwise}, end-to-end {args.e2e_epochs} epochs by {args.loss}.", file=out)
+    layers = range(len(model.model.layers)) if args.layers == "all" else args.layers
+    caprese.attach(model, args.method, args.density, layers, args.rank)
+    print(describe(args, model, samples, where), file=out)
     rows = progress.rows
 
     def record(method, seconds=0.0):
-        if method in [row["method"] for row in rows]:
-            return
-        left = residual_left(model, pairs[:RESIDUAL_SAMPLES], args).values()
-        rows.append({"method": method, **measure(), "recovered": None, "residual_left": sum(left) / max(1, len(left)),
-                     "seconds": seconds,
-                     "added_parameters_percent": 100 * caprese.added_parameters(model) if len(rows) > 1 else 0.0})
+        explained = unexplained(model, samples[:UNEXPLAINED_SAMPLES], args).values()
+        added = 100 * caprese.added_parameters(model) if len(rows) > 1 else 0.0
+        rows.append({"method": method, **measure(model), "recovered": None,
+                     "unexplained": sum(explained) / max(1, len(explained)), "seconds": seconds,
+                     "added_parameters_percent": added})
         rows[-1]["recovered"] = recovered(rows)
 
-    record("full")
-    attach()
-    record(args.method)
-    stages = {"layer-wise": layerwise} if args.layerwise != "none" else {}
-    stages |= {"E2E": end_to_end} if args.e2e_epochs else {}
-    for name, fit in stages.items():
-        if progress.stage == "E2E" and name == "layer-wise":
-            for i, ff in caprese.sparse_layers(model).items():  # its result is in the checkpoint
-                ff.put(**{key: progress.tensors[f"{i}.{key}"] for key in ff.learned()})
-            continue
-        fit(model, pairs, args, progress)
-        record(f"+ {name}", progress.seconds)
-    if world()[0] == 0:
+    if not rows:
+        caprese.detach(model)
+        record("full")
+        caprese.attach(model, args.method, args.density, layers, args.rank)
+    if len(rows) == 1:
+        record(args.method)
+    if progress.stage == "E2E":  # the result of the layer-wise stage is in the checkpoint
+        for i, ff in caprese.sparse_layers(model).items():
+            ff.set_adapter(progress.tensors[f"{i}.L"], progress.tensors[f"{i}.R"])
+    elif args.layerwise != "none":
+        layerwise(model, samples, args, progress)
+        if len(rows) == 2:
+            record("+ layer-wise", progress.seconds)
+    if args.e2e_epochs:
+        end_to_end(model, samples, args, progress)
+        record("+ E2E", progress.seconds)
+    if process_group()[0] == 0:
         caprese.save_adapter(model, args.out)
         Path(progress.file).unlink(missing_ok=True)
-    print(f"\n{table(rows)}\n\nwrote {args.out}; try: python sample.py --adapter {args.out}"
-          + (f" --model {args.model} 'your question'" if args.model else ""), file=out)
+    print(f"\n{format_table(rows)}\n\nwrote {args.out}; try: {sample_command(args)}", file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))
+
+
+def main():
+    args = arguments()
+    try:
+        start_processes(args)
+        distill(args)
+    except Exception as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        print(f"error in rank {os.environ['RANK']}: {type(error).__name__}: {error}",
+              file=sys.__stderr__, flush=True)
+        os._exit(2)  # at once: the others may wait for this process, and torchrun then ends them
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sample.run(main)
+    sample.run_command(main)

@@ -1,11 +1,12 @@
 """A Llama-style transformer that loads official weights. It knows nothing of sparsity.
 
-Letters in the shape comments: B rows, T tokens of this call, S positions in the cache, D hidden_size,
-H query heads, K key/value heads, d head_dim, V vocab_size (the FF width F and the rest live in caprese.py).
+Letters in the shape comments: B batch, T tokens of this call, S positions in the cache,
+D hidden_size, H query heads, K key/value heads, d head_dim, F intermediate_size, V vocab_size.
 Module names are the official ones, so loading is a strict comparison of names and shapes.
 The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config and nowhere else.
 """
 
+import itertools
 import json
 import math
 import re
@@ -17,30 +18,43 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# What each family's own code assumes: of keys that config.json leaves out, and of what no key ever says.
+# What each family's own code assumes: of keys that config.json leaves out, and of what no key says.
 FAMILIES = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False, "o_bias": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False,
+                "o_bias": False},
     "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096, "tie_word_embeddings": True,
-               "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-               "hidden_activation": "gelu_pytorch_tanh",
-               "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
+               "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+               "hidden_activation": "gelu_pytorch_tanh", "scale_embeddings": True,
+               "norm_plus_one": True, "post_norms": True},
 }
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
-DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+# For these keys null is a value of its own: no window, no cap, as many as there are heads.
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+            "num_key_value_heads")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_FILES = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja"]
+              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
+              "special_tokens_map.json", "chat_template.jinja"]
 
+
+def gelu_tanh(x):
+    """GELU in its tanh approximation."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+
+
+# ---- config.json
 
 @dataclass
 class Config:
     """The fields of config.json that change the numbers, defaults of the family filled in.
 
-    rope_scaling is None or the llama3 dictionary; windows holds one entry a layer, None meaning full attention.
-    Raises ValueError on sizes that make no model.
+    rope_scaling is None or the llama3 dictionary. Raises ValueError on values that make no model.
     """
     vocab_size: int
     hidden_size: int
@@ -49,6 +63,7 @@ class Config:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    windows: tuple  # for each layer its sliding window, or None for full attention
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -57,136 +72,158 @@ class Config:
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: bool = False                       # Qwen 3: RMSNorm on each head's query and key
-    scale_embeddings: bool = False              # Gemma: embeddings times sqrt(D)
-    norm_plus_one: bool = False                 # Gemma: the norm's weight is stored minus one
-    post_norms: bool = False                    # Gemma 2: a norm after each block as well
+    qk_norm: bool = False           # Qwen 3: RMSNorm on each head's query and key
+    scale_embeddings: bool = False  # Gemma: embeddings times sqrt(D)
+    norm_plus_one: bool = False     # Gemma: the norm's weight is stored minus one
+    post_norms: bool = False        # Gemma 2: a norm after attention and after the MLP as well
     query_pre_attn_scalar: float | None = None  # attention scale is this (or d) to the power -1/2
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
-    windows: tuple = ()
-    dtype: torch.dtype = torch.float32          # of the checkpoint
+    dtype: torch.dtype = torch.float32  # of the checkpoint
 
     def __post_init__(self):
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is int and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"config.json: {f.name} is {value!r}, but it must be a positive whole number")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name} is {value!r}, but must be a positive whole number")
+            if field.type in (float, float | None) and value is not None:
+                if type(value) not in (int, float) or not 0 < value < math.inf:
+                    raise ValueError(f"{field.name} is {value!r}, but must be a positive number")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"config.json: {self.num_attention_heads} heads cannot share {self.num_key_value_heads} "
-                             f"key/value heads of size {self.head_dim}")
-        self.windows = self.windows or (None,) * self.num_hidden_layers
+            raise ValueError(f"{self.num_attention_heads} heads cannot share "
+                             f"{self.num_key_value_heads} key/value heads of size {self.head_dim}")
 
     @classmethod
     def from_dict(cls, raw):
-        """Read a config.json of the classic or the newer style (rope_parameters, dtype, layer_types).
+        """Read a config.json of the classic or the newer style (rope_parameters, layer_types).
 
         Raises ValueError naming whatever is missing or not implemented.
         """
         model_type = raw.get("model_type")
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not implemented; these are: {', '.join(FAMILIES)}")
-        for name in raw.get("architectures") or []:
-            if name.lower() != f"{model_type}forcausallm":
-                raise ValueError(f"architecture {name!r} is not implemented; only the causal language model is")
-        for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
-            if raw.get(key):
-                raise ValueError(f"config.json sets {key}, which is not implemented; use a checkpoint without it")
+        refuse_other_models(raw, model_type)
         family = FAMILIES[model_type]
-        # null is as good as absent, save where it is a value of its own: no window, no cap, as many as there are heads
-        nullable = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads")
-        raw = family | {k: v for k, v in raw.items() if v is not None or k in nullable}
-        # Gemma 2's code ignores hidden_act, which its first config files carry as well
+        raw = family | {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
+        # Gemma 2's code ignores hidden_act, which its first config files carry as well.
         act = raw["hidden_activation"] if model_type == "gemma2" else raw.get("hidden_act", "silu")
         dtype = str(raw.get("dtype", raw.get("torch_dtype", "float32"))).removeprefix("torch.")
         for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
             if value not in known:
-                raise ValueError(f"{key} {value!r} is not implemented; these are: {', '.join(known)}")
+                raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
         bias = bool(raw.get("attention_bias"))
-        optional = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "query_pre_attn_scalar",
-                    "attn_logit_softcapping", "final_logit_softcapping")
+        optional = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
+                    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+        traits = ("qk_norm", "scale_embeddings", "norm_plus_one", "post_norms")
         try:
-            heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
+            heads = raw["num_attention_heads"]
             return cls(
-                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], layers, heads,
+                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"],
+                raw["num_hidden_layers"], heads,
                 num_key_value_heads=raw.get("num_key_value_heads") or heads,
                 head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                hidden_act=act, dtype=DTYPES[dtype], windows=_windows(raw, model_type, layers),
+                hidden_act=act, dtype=DTYPES[dtype], windows=layer_windows(raw, model_type),
                 qkv_bias=family.get("qkv_bias", bias), o_bias=family.get("o_bias", bias),
-                **{k: family.get(k, False) for k in ("qk_norm", "scale_embeddings", "norm_plus_one", "post_norms")},
-                **{k: raw[k] for k in optional if k in raw}, **_rope(raw))
-        except KeyError as e:
-            raise ValueError(f"config.json lacks {e}") from None
-        except TypeError as e:
-            raise ValueError(f"config.json holds a value of the wrong kind: {e}") from None
+                **{key: family.get(key, False) for key in traits},
+                **{key: raw[key] for key in optional if key in raw}, **rope_fields(raw))
+        except KeyError as error:
+            raise ValueError(f"config.json lacks {error}") from None
+        except (TypeError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"config.json: {error}") from None
 
 
-def _rope(raw):
-    """rope_theta and rope_scaling from either style; ValueError on a rope type we do not implement."""
+def refuse_other_models(raw, model_type):
+    """ValueError for a config.json of anything but an implemented causal language model."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    for name in raw.get("architectures") or []:
+        if name.lower() != f"{model_type}forcausallm":
+            raise ValueError(f"architecture {name!r} is no causal language model of ours")
+    for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
+        if raw.get(key):
+            raise ValueError(f"config.json sets {key}, which is not implemented")
+
+
+def rope_fields(raw):
+    """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling is {rope!r}, but must be an object or null")
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError("rope_parameters per layer type are not implemented")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if any(isinstance(v, dict) for v in rope.values()):
-        raise ValueError("config.json gives rope_parameters per layer type, which is not implemented")
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not implemented; these are: default, llama3")
+        raise ValueError(f"rope type {kind!r} is not one of default, llama3")
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
-    scaling = None
-    if kind == "llama3":
-        rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
-        scaling = {k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
-                                               "original_max_position_embeddings")}
-    return {"rope_theta": float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0), "rope_scaling": scaling}
+    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return {"rope_theta": theta}
+    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    return {"rope_theta": theta, "rope_scaling": {key: float(rope[key]) for key in keys}}
 
 
-def _windows(raw, model_type, layers):
-    """Sliding window per layer (None: full attention), from layer_types or the family's older rule."""
-    window = raw.get("sliding_window")
-    if model_type == "llama" or (model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window")):
-        window = None  # Qwen configs carry a number even where it is switched off
-    if types := raw.get("layer_types"):
+def layer_windows(raw, model_type):
+    """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
+    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    switched_on = raw.get("use_sliding_window")  # Qwen configs carry a window even where it is off
+    if model_type == "llama" or model_type.startswith("qwen") and not switched_on:
+        window = None
+    types = raw.get("layer_types")
+    if types:
         if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers, of these kinds: "
-                             + ", ".join(sorted(set(types))) + "; full_attention and sliding_attention are implemented")
-        slides = [t == "sliding_attention" for t in types]
+            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers, of kinds "
+                             f"{sorted(set(types))}; known are full and sliding_attention")
+        slides = [kind == "sliding_attention" for kind in types]
+    elif model_type == "mistral":
+        slides = [True] * layers
+    elif model_type == "gemma2":
+        slides = [i % 2 == 0 for i in range(layers)]
     else:
-        rule = {"mistral": lambda i: True, "gemma2": lambda i: i % 2 == 0}
-        slides = map(rule.get(model_type, lambda i: i >= raw.get("max_window_layers", 28)), range(layers))
-    return tuple(window if s else None for s in slides)
+        slides = [i >= raw.get("max_window_layers", 28) for i in range(layers)]
+    return tuple(window if slide else None for slide in slides)
 
+
+# ---- the parts
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
     def __init__(self, size, config):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps, self.plus_one = config.rms_norm_eps, config.norm_plus_one
 
     def forward(self, x):
-        if self.plus_one:  # Gemma rounds to the dtype once, at the end; bfloat16 would lose most of 1 + weight
-            return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if not self.plus_one:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # Gemma rounds to the dtype once, at the end; bfloat16 would lose most of 1 + weight.
+        weight = 1 + self.weight.float()
+        return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
 
 
 def rope_frequencies(config):
     """Rotary frequencies [d/2] in float32: theta^(-2i/d), stretched as Llama 3.1 does where asked.
 
-    On the CPU, in the families' own order of operations: far into a context the last bit shows in the angles.
+    On the CPU, in the families' own order of operations: far into a context the last bit shows.
     """
     d = config.head_dim
-    freq = 1.0 / config.rope_theta ** (torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d)
-    if config.rope_scaling:
-        s = config.rope_scaling
-        factor, low, high = s["factor"], s["low_freq_factor"], s["high_freq_factor"]
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # over the trained context
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, untouched; 0: few, slowed by factor
-        freq = freq * keep + freq / factor * (1 - keep)
-    return freq
+    exponents = torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d
+    frequencies = 1.0 / config.rope_theta ** exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, untouched; 0: few, slowed
+    return frequencies * keep + frequencies / factor * (1 - keep)
 
 
 def rotate(x, cos, sin):
     """Rotary position embedding; x [B, T, heads, d], cos and sin [B or 1, T, 1, d]."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 class Cache:
@@ -194,63 +231,72 @@ class Cache:
 
     max_length is the largest of lengths, known on the host so that no step waits for the device.
     ragged says that lengths differ between rows; then keys beyond a row's length are masked.
-    span, if set, is the number of positions that a call reads whatever the rows hold, the rest being masked: then
-    nothing about the call depends on the host's max_length, as a captured graph needs it.
+    num_keys, if set, is how many positions a call reads whatever the rows hold, the rest masked.
+    Then nothing in the call depends on the host's max_length, as a captured graph needs it.
     """
 
-    def __init__(self, config, rows, positions, device, dtype):
-        shape = (rows, config.num_key_value_heads, positions, config.head_dim)
-        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.lengths = torch.zeros(rows, device=device, dtype=torch.long)
-        self.max_length, self.ragged, self.span = 0, False, None
+    def __init__(self, config, batch_size, capacity, device, dtype):
+        shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.v = [torch.zeros_like(k) for k in self.k]
+        self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self.max_length, self.ragged, self.num_keys = 0, False, None
 
     @property
-    def positions(self):
+    def capacity(self):
         """S, the most tokens that a row can hold."""
         return self.k[0].shape[2]
 
-    def move(self, tokens):
-        """Advance (or, if negative, rewind) every row by this many tokens."""
+    def advance(self, tokens):
+        """Every row holds so many tokens more (or, if negative, fewer)."""
         self.lengths += tokens
         self.max_length += tokens
 
     def set_lengths(self, lengths):
-        """After a prefill padded on the right: lengths [B]; padding is masked, then overwritten."""
+        """Row b holds lengths[b] tokens; what stands behind is masked, then overwritten."""
         self.lengths.copy_(lengths)
-        self.max_length, self.ragged = int(lengths.max()), bool((lengths != lengths[0]).any())
+        self.max_length = int(lengths.max())
+        self.ragged = bool((lengths != lengths[0]).any())
 
-    def take(self, rows):
-        """Continue with these rows [n] int64 only; a row may be taken several times."""
-        self.k, self.v = ([t[rows] for t in layers] for layers in (self.k, self.v))
+    def reorder(self, rows):
+        """Continue with these rows [n] int64; a row may occur several times."""
+        self.k = [k[rows] for k in self.k]
+        self.v = [v[rows] for v in self.v]
         self.lengths = self.lengths[rows]
         self.set_lengths(self.lengths)
 
     def write(self, layer, k, v, positions):
-        """Store k, v [B, K, T, d] at positions [B, T]; return all keys and values that this call reads."""
-        end = self.max_length + k.shape[2]
-        if self.ragged or self.span:
+        """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
+        start, end = self.max_length, self.max_length + k.shape[2]
+        if self.ragged or self.num_keys:
             rows = torch.arange(len(k), device=k.device)[:, None]
             self.k[layer][rows, :, positions] = k.transpose(1, 2)
             self.v[layer][rows, :, positions] = v.transpose(1, 2)
         else:
-            self.k[layer][:, :, self.max_length:end], self.v[layer][:, :, self.max_length:end] = k, v
-        return self.k[layer][:, :, :self.span or end], self.v[layer][:, :, :self.span or end]
+            self.k[layer][:, :, start:end] = k
+            self.v[layer][:, :, start:end] = v
+        num_keys = self.num_keys or end
+        return self.k[layer][:, :, :num_keys], self.v[layer][:, :, :num_keys]
 
 
-def attention_mask(positions, keys, window):
-    """Bool [B, 1, T, keys]: key j is seen from position i if i - window < j <= i."""
-    j = torch.arange(keys, device=positions.device)
+def attention_mask(positions, num_keys, window):
+    """Bool [B, 1, T, num_keys]: key j is seen from position i if i - window < j <= i."""
+    j = torch.arange(num_keys, device=positions.device)
     i = positions[:, None, :, None]
-    return (j <= i) if window is None else (j <= i) & (j > i - window)
+    if window is None:
+        return j <= i
+    return (j <= i) & (j > i - window)
 
 
 class Attention(nn.Module):
+    """Grouped-query attention with rotary positions and a cache."""
+
     def __init__(self, config, layer):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.head_dim, self.softcap = layer, d, config.attn_logit_softcapping
+        self.layer, self.config, self.softcap = layer, config, config.attn_logit_softcapping
         self.scale = (config.query_pre_attn_scalar or d) ** -0.5
         self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
         self.k_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
@@ -260,41 +306,52 @@ class Attention(nn.Module):
             self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
 
     def forward(self, x, positions, rope, mask, cache):
+        """x [B, T, D] -> [B, T, D]; the other inputs are those of Decoder.layer_inputs."""
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))  # [B,T,H|K,d]
-        if hasattr(self, "q_norm"):
+        d = self.config.head_dim
+        q = self.q_proj(x).view(B, T, -1, d)  # [B, T, H, d]
+        k = self.k_proj(x).view(B, T, -1, d)  # [B, T, K, d]
+        v = self.v_proj(x).view(B, T, -1, d)
+        if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = rotate(q, *rope).transpose(1, 2), rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
+        q = rotate(q, *rope).transpose(1, 2)  # [B, H, T, d]
+        k = rotate(k, *rope).transpose(1, 2)  # [B, K, T, d]
+        v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # [B, K, S, d]
-        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).reshape(B, T, -1))
+        out = self.attend(q, k, v, mask)
+        return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, mask):
         """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
-        mask: bool [B, 1, T, S], or True for causal over these tokens alone, or None for everything.
+        mask: bool [B, 1, T, S]; or None, then one token attends to all keys and several tokens,
+        which are all the keys there are, attend causally.
         """
         shape, (B, K, S, _) = q.shape, k.shape
-        if shape[2] == 1:  # the heads that share keys stand side by side like tokens: no key is read or copied twice
-            q = q.reshape(B, K, -1, self.head_dim)
-        gqa = q.shape[1] != K
+        causal = mask is None and shape[2] > 1
+        if shape[2] == 1:  # heads that share keys stand side by side like tokens: no key is copied
+            q = q.reshape(B, K, -1, shape[-1])
+        grouped = q.shape[1] != K
         if not self.softcap:
-            causal = mask is True
-            return F.scaled_dot_product_attention(q, k, v, None if causal else mask, is_causal=causal,
-                                                  scale=self.scale, enable_gqa=gqa).reshape(shape)
-        # tanh sits between the scores and the softmax (Gemma 2), which the fused kernel has no place for.
-        if gqa:
-            k, v = (t.repeat_interleave(q.shape[1] // K, dim=1) for t in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
+                                                 scale=self.scale, enable_gqa=grouped)
+            return out.reshape(shape)
+        # tanh sits between scores and softmax (Gemma 2); the fused kernel has no place for it.
+        if grouped:
+            k = k.repeat_interleave(q.shape[1] // K, dim=1)
+            v = v.repeat_interleave(q.shape[1] // K, dim=1)
         scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
-        if mask is True:
-            mask = torch.ones(q.shape[2], S, dtype=torch.bool, device=q.device).tril()
+        if causal:
+            mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return (torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype) @ v).reshape(shape)
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+        return (weights @ v).reshape(shape)
 
 
-class FeedForward(nn.Module):
-    """FF(x) = FF2(FF1(x)), FF1(x) = act(x Wg) * (x W1), FF2(z) = z W2: equations (1) and (2)."""
+class MLP(nn.Module):
+    """The FF block FF(x) = FF2(FF1(x)): equations (1) and (2)."""
 
     def __init__(self, config):
         super().__init__()
@@ -302,285 +359,295 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(D, F_, bias=False)  # Wg
         self.up_proj = nn.Linear(D, F_, bias=False)    # W1
         self.down_proj = nn.Linear(F_, D, bias=False)  # W2
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act_fn = ACTIVATIONS[config.hidden_act]
 
-    def forward(self, x, generated=None):
-        """x [B, T, D] -> [B, T, D]. `generated` is for replacements of this block; the full FF ignores it."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))  # (1)(2)
+    def forward(self, x):
+        """x [B, T, D] -> [B, T, D]."""
+        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # (1)
+        return self.down_proj(z)                              # (2)
 
 
-class Block(nn.Module):
+class Layer(nn.Module):
+    """Attention and MLP, each around a residual connection."""
+
     def __init__(self, config, layer):
         super().__init__()
         D = config.hidden_size
-        self.self_attn, self.mlp = Attention(config, layer), FeedForward(config)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(D, config), RMSNorm(D, config)
+        self.self_attn, self.mlp = Attention(config, layer), MLP(config)
+        self.input_layernorm = RMSNorm(D, config)
+        self.post_attention_layernorm = RMSNorm(D, config)
         self.post_norms = config.post_norms
-        if self.post_norms:
+        if config.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(D, config)
             self.post_feedforward_layernorm = RMSNorm(D, config)
 
-    def forward(self, x, positions, rope, mask, cache, generated):
-        h = self.self_attn(self.input_layernorm(x), positions, rope, mask, cache)
-        if self.post_norms:  # Gemma 2: "post_attention" is a norm of the block's output, not of the next input
-            x = x + self.post_attention_layernorm(h)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), generated))
-        x = x + h
-        return x + self.mlp(self.post_attention_layernorm(x), generated)
+    def forward(self, x, positions, rope, mask, cache):
+        attended = self.self_attn(self.input_layernorm(x), positions, rope, mask, cache)
+        if not self.post_norms:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        # Gemma 2: "post_attention" is a norm of the attention's output, not of the MLP's input.
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Transformer(nn.Module):
-    recompute = False  # activation checkpointing per block: distill.py turns it on for large models
+# ---- the model
+
+class Decoder(nn.Module):
+    """Everything before the language-model head: tokens -> hidden states."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config),
-        })
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.inv_freq = None
+        self.gradient_checkpointing = False  # distill.py turns it on for large models
+
+    def forward(self, tokens, cache=None):
+        """The final embedding, after the last norm: tokens [B, T] int64 -> [B, T, D].
+
+        With a cache the tokens continue each row at cache.lengths.
+        """
+        x = self.embed(tokens)
+        for layer, inputs in zip(self.layers, self.layer_inputs(tokens, cache)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(x, *inputs)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def embed(self, tokens):
+        """The first layer's input: tokens [B, T] int64 -> [B, T, D]."""
+        x = self.embed_tokens(tokens)
+        if self.config.scale_embeddings:  # by a factor rounded to the dtype, as Gemma does
+            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)
+        return x
+
+    def layer_inputs(self, tokens, cache=None):
+        """For each layer, what it gets beside x: (positions [B or 1, T], rope, mask, cache)."""
+        T, device = tokens.shape[1], tokens.device
+        if cache is None:
+            start, num_keys, ragged = torch.zeros(1, dtype=torch.long, device=device), T, False
+        else:
+            start, num_keys = cache.lengths, cache.num_keys or cache.max_length + T
+            ragged = cache.ragged or cache.num_keys is not None
+        positions = start[:, None] + torch.arange(T, device=device)
+        rope = self.rope(positions)
+        masks = {}
+        for window in set(self.config.windows):  # no mask where Attention.attend needs none
+            slides = window is not None and num_keys > window
+            needed = ragged or slides or 1 < T < num_keys
+            masks[window] = attention_mask(positions, num_keys, window) if needed else None
+        return [(positions, rope, masks[window], cache) for window in self.config.windows]
+
+    def rope(self, positions):
+        """cos and sin [B or 1, T, 1, d] of the rotary angles, made in float32, in our dtype."""
+        if self.inv_freq is None or self.inv_freq.device != positions.device:
+            self.inv_freq = rope_frequencies(self.config).to(positions.device)
+        angles = positions[:, :, None, None].float() * self.inv_freq  # [B, T, 1, d/2]
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(self.norm.weight.dtype), angles.sin().to(self.norm.weight.dtype)
+
+
+class Transformer(nn.Module):
+    """A causal language model: `model` gives the hidden states, `logits` is the head on them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.last_step = None
 
     @property
-    def layers(self):
-        return self.model["layers"]
-
-    @property
     def device(self):
-        return self.model["norm"].weight.device
+        return self.model.norm.weight.device
 
     @property
     def dtype(self):
-        return self.model["norm"].weight.dtype
+        return self.model.norm.weight.dtype
 
-    def new_cache(self, rows, positions):
-        """An empty Cache for rows sequences of at most this many tokens."""
-        return Cache(self.config, rows, positions, self.device, self.dtype)
+    def forward(self, tokens):
+        """tokens [B, T] int64 -> logits [B, T, V]."""
+        return self.logits(self.model(tokens))
 
-    def new_step(self, rows, positions):
-        """A Step with an empty cache. On CUDA that is the last one, with its graphs, if it was of this kind."""
-        blocks, last = [layer.mlp for layer in self.layers], self.last_step  # a graph is of these very blocks
-        if last and last.blocks == blocks and len(last.tokens) == rows and last.cache.positions >= positions:
+    def logits(self, hidden_states):
+        """The head: final embeddings [..., D] -> [..., V], soft-capped where the family does so."""
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        logits = F.linear(hidden_states, head.weight)
+        cap = self.config.final_logit_softcapping
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    def new_cache(self, batch_size, capacity):
+        """An empty Cache for so many sequences of at most `capacity` tokens."""
+        return Cache(self.config, batch_size, capacity, self.device, self.dtype)
+
+    def new_step(self, batch_size, capacity):
+        """A Step with an empty cache. On CUDA the last one, with its graphs, if it fits."""
+        if self.device.type != "cuda":
+            return Step(self, self.new_cache(batch_size, capacity))
+        last = self.last_step
+        if last and len(last.tokens) == batch_size and last.cache.capacity >= capacity:
             last.cache.set_lengths(torch.zeros_like(last.cache.lengths))
             return last
-        self.last_step = None  # gone before the next one needs the memory
-        if self.device.type != "cuda":
-            return Step(self, self.new_cache(rows, positions), blocks)
-        positions = min(-(-positions // 1024) * 1024, self.config.max_position_embeddings)
-        self.last_step = Step(self, self.new_cache(rows, positions), blocks)
+        self.last_step = None  # its memory is free before the next one needs it
+        rounded = -(-capacity // 1024) * 1024
+        capacity = min(rounded, self.config.max_position_embeddings)
+        self.last_step = Step(self, self.new_cache(batch_size, capacity))
         return self.last_step
-
-    def hidden(self, tokens, cache=None, generated=None):
-        """Final embedding, after the last norm and before the head: tokens [B, T] int64 -> [B, T, D].
-
-        With a cache the tokens continue each row at cache.lengths. `generated` is handed to every FF block and
-        tells which tokens are generated ones: None, nobody asks; False or True, none or all of this call; a bool
-        tensor [B, T], token by token. The full FF treats all alike.
-        """
-        x = self.embed(tokens)
-        for layer, beside in zip(self.layers, self.context(tokens, cache)):
-            x = self.run(layer, x, *beside, cache, generated)
-        if cache is not None:
-            cache.move(tokens.shape[1])
-        return self.model["norm"](x)
-
-    def embed(self, tokens):
-        """What the first block gets: tokens [B, T] int64 -> [B, T, D]."""
-        x = F.embedding(tokens, self.model["embed_tokens"].weight)
-        if self.config.scale_embeddings:
-            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)  # rounded to the dtype, as Gemma does
-        return x
-
-    def context(self, tokens, cache=None):
-        """What each block gets beside x: a list of (positions [B or 1, T], rope, mask), one for each block."""
-        T, windows = tokens.shape[1], self.config.windows
-        start = torch.zeros(1, dtype=torch.long, device=tokens.device) if cache is None else cache.lengths
-        positions = start[:, None] + torch.arange(T, device=tokens.device)
-        end = T if cache is None else cache.span or T + cache.max_length
-        ragged = cache is not None and (cache.ragged or cache.span)
-        masks = {}
-        for window in set(windows):  # the cheapest form that says the same
-            if ragged or (window is not None and end > window) or 1 < T < end:
-                masks[window] = attention_mask(positions, end, window)
-            else:
-                masks[window] = True if T > 1 else None
-        rope = self.rope(positions)
-        return [(positions, rope, masks[window]) for window in windows]
-
-    def run(self, layer, *args):
-        """One block. With self.recompute its activations are not kept for the way back but computed again."""
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)  # nothing here is random
-        return layer(*args)
-
-    def rope(self, positions):
-        """cos and sin [B or 1, T, 1, d] of the rotary angles, computed in float32, in the model's dtype."""
-        if getattr(self, "inv_freq", None) is None or self.inv_freq.device != positions.device:
-            self.inv_freq = rope_frequencies(self.config).to(positions.device)
-        angles = positions[:, :, None, None].float() * self.inv_freq  # [B, T, 1, d/2]
-        angles = torch.cat((angles, angles), dim=-1)
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
-
-    def logits(self, hidden):
-        """Head on final embeddings [..., D] -> [..., V], soft-capped where the family does so."""
-        weight = self.model["embed_tokens"].weight if self.config.tie_word_embeddings else self.lm_head.weight
-        out = F.linear(hidden, weight)
-        cap = self.config.final_logit_softcapping
-        return torch.tanh(out / cap) * cap if cap else out
-
-    def forward(self, tokens, prompt_lengths=None):
-        """Teacher-forced logits: tokens [B, T] int64 -> [B, T, V], no cache needed.
-
-        prompt_lengths [B]: positions from there on count as generated (see hidden). None: everything is full.
-        """
-        return self.logits(self.hidden(tokens, generated=generated_mask(tokens, prompt_lengths)))
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
-        """Load a folder in the official layout, or a hub repo id; dtype None keeps the checkpoint's own.
+        """Load a folder in the official layout, or a hub repo id.
 
-        Raises ValueError or OSError in one line that names the file and the tensor at fault.
+        dtype None keeps the checkpoint's own. Raises ValueError or OSError in one line that names
+        the file and the tensor at fault.
         """
         folder = resolve(path_or_repo_id)
         try:
             config = Config.from_dict(read_json(folder / "config.json"))
-        except ValueError as e:
-            raise ValueError(f"{folder}: {e}") from None
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         with torch.device("meta"):
             model = cls(config)
-        model.load_state_dict(load_weights(folder, model, device, dtype or config.dtype), assign=True)
+        state = load_weights(folder, model, device, dtype or config.dtype)
+        model.load_state_dict(state, assign=True)
         return model.requires_grad_(False).eval()
 
 
 class Step:
-    """One decode step: step(tokens [B] int64) -> logits [B, V] of the next ones; the cache moves on.
+    """One decode step: step(tokens [B] int64) -> logits [B, V]; the cache advances by one token.
 
-    All that it reads keeps its address, so with capture (CUDA) it is recorded as a graph, once for each span of the
-    cache, and replayed: the host issues one launch and waits for nothing. The logits are overwritten by the next step.
+    On CUDA it is captured as a graph, once for each number of keys, and replayed: the host issues
+    one launch and waits for nothing. The next step overwrites the logits.
     """
 
-    def __init__(self, model, cache, blocks, capture=False):
-        self.model, self.cache, self.blocks, self.capture = model, cache, blocks, capture
-        self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=cache.lengths.device)
-        self.graphs = {}  # span: (graph, its logits)
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        device = cache.lengths.device
+        self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
+        self.graphs = {}    # number of keys: (graph, its logits)
+        self.captured = []  # the model's tensors, as the graphs read them
 
     def __call__(self, tokens):
         self.tokens[:, 0] = tokens
-        if not self.capture:
+        if not self.tokens.is_cuda:
             return self.run()
-        span = self.span()
-        if span not in self.graphs:
-            self.graphs[span] = self.record(span)
-        graph, logits = self.graphs[span]
+        num_keys = self.num_keys()
+        if num_keys not in self.graphs:
+            self.graphs[num_keys] = self.capture(num_keys)
+        graph, logits = self.graphs[num_keys]
         graph.replay()
-        self.cache.max_length += 1  # the graph has moved cache.lengths
+        self.cache.max_length += 1  # the graph has advanced cache.lengths
         return logits
 
-    def take(self, rows):
-        """A Step that goes on with these rows [n] int64 only, or with some of them several times."""
-        self.model.last_step = None  # its graphs are of the old rows
-        self.cache.take(rows)
-        return Step(self.model, self.cache, self.blocks, self.capture)
+    def check_graphs(self):
+        """Drop the graphs if a tensor that they read is no longer the model's. To be called
+        whenever the model may have other tensors than before."""
+        tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
+        now = [(t.data_ptr(), t.shape) for t in tensors]
+        if now != [(t.data_ptr(), t.shape) for t in self.captured]:
+            self.graphs = {}
+            self.captured = [t.detach() for t in tensors]  # held, so that no address is used again
 
-    def span(self):
-        """Positions to read at this length: the next multiple of 256, or beyond 4096 of an eighth of its power of 2."""
+    def reorder(self, rows):
+        """A Step that continues with these rows [n] int64; a row may occur several times."""
+        self.model.last_step = None  # its graphs are of the old rows
+        self.cache.reorder(rows)
+        return Step(self.model, self.cache)
+
+    def num_keys(self):
+        """How many positions to read: the next multiple of 256, or of about an eighth of them."""
         end = self.cache.max_length + 1
         unit = max(256, (1 << end.bit_length()) // 16)
-        return min(-(-end // unit) * unit, self.cache.positions)
+        return min(-(-end // unit) * unit, self.cache.capacity)
 
-    def run(self, span=None):
-        """The step itself. With a span, shapes and addresses depend on nothing but the span."""
-        self.cache.span, onednn = span, torch.backends.mkldnn.enabled
-        if len(self.tokens) == 1:  # on CPUs, for one row in bfloat16, torch's own product is twice as fast as oneDNN's
+    @torch.no_grad()
+    def run(self, num_keys=None):
+        """The step itself. With num_keys, shapes and addresses depend on nothing else."""
+        onednn = torch.backends.mkldnn.enabled
+        self.cache.num_keys = num_keys
+        if len(self.tokens) == 1:  # on a CPU, one row in bfloat16: torch's own product is faster
             torch.backends.mkldnn.enabled = False
         try:
-            return self.model.logits(self.model.hidden(self.tokens, self.cache, generated=True)[:, -1])
+            hidden_states = self.model.model(self.tokens, self.cache)
+            return self.model.logits(hidden_states[:, -1])
         finally:
-            self.cache.span, torch.backends.mkldnn.enabled = None, onednn
+            self.cache.num_keys, torch.backends.mkldnn.enabled = None, onednn
 
-    def record(self, span):
-        """(CUDA graph of run(span), its logits)."""
+    def capture(self, num_keys):
+        """(CUDA graph of run(num_keys), its logits)."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once for real: what libraries set up on first use is no part of the graph
-            self.run(span)
-            self.cache.move(-1)
+        with torch.cuda.stream(side):  # once for real: what libraries set up is no part of a graph
+            self.run(num_keys)
+            self.cache.advance(-1)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            logits = self.run(span)
+            logits = self.run(num_keys)
         self.cache.max_length -= 1  # nothing has run yet
         return graph, logits
 
 
-def generated_mask(tokens, prompt_lengths):
-    """Bool [B, T], True from prompt_lengths[b] on, or None if prompt_lengths is None."""
-    if prompt_lengths is None:
-        return None
-    lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
-    return torch.arange(tokens.shape[1], device=tokens.device) >= lengths[:, None]
-
+# ---- files
 
 def read_json(file):
     """The object in a JSON file; FileNotFoundError or ValueError in one line that names it."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing; the folder must be in the official layout") from None
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from None
+        raise FileNotFoundError(f"{file} is missing from a folder in the official layout") from None
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, not an object")
     return found
 
 
 def resolve(path_or_repo_id):
-    """A local folder for a path, or for a hub repo id, owner/name, that is no folder here.
+    """The local folder of a path, or of a hub repo id owner/name that is no folder here.
 
-    Only config, safetensors and tokenizer files are fetched, into huggingface_hub's cache, which also serves offline.
-    Raises OSError in one line that says what to do.
+    Only config, safetensors and tokenizer files are fetched, into the hub's cache, which also
+    serves offline. Raises OSError in one line that says what to do.
     """
     folder, name = Path(path_or_repo_id).expanduser(), str(path_or_repo_id)
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; give the folder that holds config.json and the weights")
+        raise NotADirectoryError(f"{folder} is a file; give the folder that holds config.json")
     if isinstance(path_or_repo_id, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"{folder} is not a folder (and a hub repo id has the form owner/name)")
+        raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
     try:
-        from huggingface_hub import constants, errors, snapshot_download
-    except ImportError:
-        raise OSError(f"{name} is not a folder here; to fetch it from the hub, pip install huggingface_hub") from None
-    try:
+        from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=REPO_FILES))
-    except errors.GatedRepoError:  # a kind of RepositoryNotFoundError, so it comes first
-        why = f"a gated hub repo: accept its terms at https://huggingface.co/{name}, then run `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        why = "neither a folder here nor a hub repo; check the spelling (a private repo needs `hf auth login`)"
-    except errors.LocalEntryNotFoundError:
-        why = "no folder here and not (completely) in the hub cache, and " + (
-            "HF_HUB_OFFLINE forbids to fetch it; unset that once" if constants.HF_HUB_OFFLINE
-            else "the hub cannot be reached; check the network or give a local folder")
-    except Exception as e:  # proxies, certificates, rate limits: huggingface_hub lets several libraries' errors through
-        why = f"no folder here, and fetching it failed: {(str(e) or repr(e)).splitlines()[0]}"
-    raise OSError(f"{name} is {why}")
+    except Exception as error:  # proxies, certificates, gates: several libraries' errors
+        first_line = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"{name} is no folder here, and the hub did not give it: {first_line} "
+                      "(check spelling and network; a gated repo needs `hf auth login`)") from None
 
 
 def load_weights(folder, model, device, dtype):
-    """The state dict of `model`, read from the safetensors files in `folder`: names and shapes must all match.
+    """The state dict of `model`, read from the safetensors files in `folder`.
 
-    Each tensor goes straight to its device and dtype. One that is on the CPU and has the dtype stays a private,
-    copy-on-write view of the file. Raises ValueError or OSError naming the file and the tensor.
+    Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
+    on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
+    or OSError naming the file and the tensor.
     """
     from safetensors import SafetensorError
     source, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     files, hint = [source], "weights are read from safetensors files only"
     if not source.exists() and index.exists():
         source, hint = index, f"{index.name} names it"
-        files = sorted({folder / file for file in read_json(index).get("weight_map", {}).values()})
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: weight_map must be an object")
+        files = sorted({folder / str(file) for file in weight_map.values()})
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     state = {}
     for file in files:
@@ -588,17 +655,16 @@ def load_weights(folder, model, device, dtype):
             raise FileNotFoundError(f"{file} is missing; {hint}")
         try:
             state |= read_shard(file, shapes, device, dtype)
-        except SafetensorError as e:
-            raise ValueError(f"{file} is damaged or incomplete ({e}); fetch it again") from None
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
     missing = [name for name in shapes if name not in state]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(f"{source} lacks the tensor {missing[0]}{more}")
+        raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}")
     return state
 
 
 def read_shard(file, shapes, device, dtype):
-    """{name: tensor} of one memory-mapped safetensors file; ValueError for a tensor that `shapes` does not expect."""
+    """{name: tensor} of one memory-mapped safetensors file; ValueError for an unexpected tensor."""
     from safetensors import safe_open
     with safe_open(file, framework="pt") as shard:
         names = shard.keys()
@@ -606,13 +672,16 @@ def read_shard(file, shapes, device, dtype):
     for name in names:
         if name not in shapes:
             if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue  # a tied head and a table: some converters store them, though they follow from the rest
+                continue  # a tied head, a table: some converters store them though they follow
             raise ValueError(f"{file}: unexpected tensor {name}")
-        with safe_open(file, framework="pt") as shard:  # anew, for closing frees its pages: no cast beside a whole file
+        # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
+        with safe_open(file, framework="pt") as shard:
             part = shard.get_slice(name)
             if part.get_shape() != shapes[name]:
-                raise ValueError(f"{file}: {name} has shape {part.get_shape()}, config.json asks for {shapes[name]}")
+                raise ValueError(f"{file}: {name} has shape {part.get_shape()}, "
+                                 f"config.json asks for {shapes[name]}")
             if part.get_dtype() not in ("F32", "BF16", "F16"):
-                raise ValueError(f"{file}: {name} holds {part.get_dtype()}; quantised weights are not implemented")
-            state[name] = shard.get_tensor(name).to(device).to(dtype)  # the smaller dtype crosses to the device
+                raise ValueError(f"{file}: {name} holds {part.get_dtype()}, not floats")
+            tensor = shard.get_tensor(name)
+        state[name] = tensor.to(device).to(dtype)  # the smaller dtype crosses to the device
     return state

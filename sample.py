@@ -1,6 +1,7 @@
 """Prefill, select, decode, reselect; and the command line around them: python sample.py [prompt]
 
 Without a prompt it answers one hard problem three ways: full model, sparse, sparse + Caprese.
+With --questions FILE --out FILE the full model writes an open training set.
 """
 
 import argparse
@@ -8,26 +9,25 @@ import json
 import math
 import sys
 import time
-from collections import deque
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import caprese
 import data
-from model import Transformer, generated_mask, resolve
+from model import DTYPES, Transformer, resolve
 
-EMBEDDED = Path(__file__).resolve().parent / "models" / "tiny-math"
-EMBEDDED_DENSITY = 0.6  # where GRIFFIN costs the embedded model its maths but not its reading; the paper's is 0.5
-HARD_SEED = 1           # of the problem that is answered without a prompt
-LAG = {"cuda": 8}       # steps that a device may be ahead of the host, which learns that late that a row is done
-SHRINK = 0.75           # once no more than this share of a batch's rows is not done, the others leave it
+BUNDLED = Path(__file__).resolve().parent / "models" / "tiny-math"
+BUNDLED_DENSITY = 0.6  # where GRIFFIN costs the bundled model its maths but not its reading
+HARD_SEED = 1          # of the problem that is answered without a prompt
+SHRINK = 0.75          # a batch drops its finished rows once so few are unfinished
 
+
+# ---- decoding
 
 def choose(logits, temperature=0.0, top_p=1.0, generator=None):
-    """Next tokens [B] int64 from logits [B, V]: the best one at temperature 0, else a draw.
+    """Next tokens [B] int64 from logits [B, V]: the best ones at temperature 0, else drawn.
 
     top_p keeps the smallest set of most likely tokens whose probabilities add up to at least top_p.
     """
@@ -35,237 +35,220 @@ def choose(logits, temperature=0.0, top_p=1.0, generator=None):
         return logits.argmax(dim=-1)
     p = torch.softmax(logits.float() / temperature, dim=-1)
     p, order = p.sort(dim=-1, descending=True)
-    p[p.cumsum(dim=-1) - p >= top_p] = 0  # what comes before a token already suffices
-    p = p.cumsum(dim=-1)
-    draw = p[:, -1:] * torch.rand(len(p), 1, device=p.device, generator=generator)  # one number a row, not V of them
-    return order.gather(1, torch.searchsorted(p, draw)).squeeze(1)
+    p[p.cumsum(dim=-1) - p >= top_p] = 0  # the tokens before this one already suffice
+    cumulative = p.cumsum(dim=-1)
+    uniform = torch.rand(len(p), 1, device=p.device, generator=generator)  # one number a row
+    drawn = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform)
+    return order.gather(1, drawn).squeeze(1)
 
 
 @torch.no_grad()
 def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(),
            prompt_lengths=None, samples=1, generator=None):
-    """Yield the next tokens [B * samples] int64, one step at a time, until every row has met a stop id.
+    """Yield the next tokens [B * samples] int64, step by step, until every row has met a stop id.
 
-    A row that has met one repeats stop_ids[0] until the others are done.
-    tokens [B, S] int64; prompts of different lengths are padded on the right and prompt_lengths [B] given.
-    samples continues each prompt that often (one prompt: all share its selection). reselect is rho: every so many
-    tokens the full model reruns those since the last time (section 4.1.1). Raises ValueError on bad settings.
+    A row that has met one repeats stop_ids[0] until the others have. tokens are [B, S] int64;
+    prompts of different lengths are padded on the right, and prompt_lengths [B] are given.
+    samples continues each prompt that often. reselect is rho: after every rho tokens the full model
+    runs over them again and the neurons are selected anew (section 4.1.1). Raises ValueError on
+    settings out of range and on a prompt that fills the context.
     """
     limit = model.config.max_position_embeddings
-    B, S = tokens.shape
-    if S >= limit:
-        raise ValueError(f"the prompt has {S} tokens, but the model's context ends at {limit}; shorten it")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"need temperature >= 0 and 0 < top_p <= 1, not {temperature} and {top_p}")
-    if min(max_new_tokens, samples, 1 if reselect is None else reselect) < 1:
-        raise ValueError(f"max_new_tokens, samples and reselect must be at least 1, not {max_new_tokens}, {samples} "
-                         f"and {reselect}")
-    max_new_tokens = min(max_new_tokens, limit - S)
+    check_decoding(tokens.shape[1], limit, max_new_tokens, temperature, top_p, reselect, samples)
+    max_new_tokens = min(max_new_tokens, limit - tokens.shape[1])
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
-    device, stops = tokens.device, torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
-    here = torch.arange(B * samples)  # the rows still in the batch; on the host, as over is
-    over = torch.zeros_like(here, dtype=torch.bool)
-    live, token, done = here.to(device), here.to(device), over.to(device)
-    since, ahead = [], deque()  # tokens fed since the last reselection; steps that the host has not looked at
-    for i in range(1, max_new_tokens + 1):
-        token = token.index_copy(0, live, choose(logits, temperature, top_p, generator))
+    stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
+    token = torch.zeros(len(logits), dtype=torch.long, device=tokens.device)
+    done = torch.zeros_like(token, dtype=torch.bool)
+    active = torch.arange(len(token), device=tokens.device)  # rows that are still in the batch
+    since_selection = []  # tokens fed since the last reselection
+    for count in range(1, max_new_tokens + 1):
+        token = token.index_copy(0, active, choose(logits, temperature, top_p, generator))
         if stop_ids:
             token = torch.where(done, stops[0], token)
             done = done | torch.isin(token, stops)
-        ahead.append((token, on_host(done) if stop_ids else lambda: over))
-        while len(ahead) > (LAG.get(device.type, 0) if stop_ids and i < max_new_tokens else 0):
-            ready, ended = ahead.popleft()
-            yield ready
-            over = ended()
-            if over.all():
-                return
-        if i == max_new_tokens:
+        yield token
+        if count == max_new_tokens or stop_ids and done.all():
             return
-        stay = (~over[here]).nonzero().flatten()
-        if len(stay) <= SHRINK * len(here):  # rows that are done leave
-            here, live = here[stay], here[stay].to(device)
-            step = take(model, step, stay.to(device))
-        since.append(token)
-        if len(since) == reselect:
-            # The full model takes these tokens again in one pass, which rewrites their KV entries, adds them to
-            # the statistic, and gives the logits of the next token; so rho = 1 is the full model.
-            step.cache.move(1 - reselect)
-            again = torch.stack(since, dim=1)[live]
-            logits = model.logits(model.hidden(again, step.cache, generated=False)[:, -1])
-            select(model, step)
-            since = []
+        if stop_ids:
+            unfinished = (~done[active]).nonzero().flatten()
+            if len(unfinished) <= SHRINK * len(active):
+                active = active[unfinished]
+                step = reorder(model, step, unfinished)
+        since_selection.append(token)
+        if len(since_selection) == reselect:
+            logits = reselect_neurons(model, step, torch.stack(since_selection, dim=1)[active])
+            since_selection = []
         else:
-            logits = step(token[live])
+            with caprese.phase(model, "sparse"):
+                logits = step(token[active])
 
 
-def prefill(model, tokens, room, prompt_lengths=None, samples=1):
-    """Run the prompts [B, S] through the full model and select: a Step with room for so many tokens, logits [B, V]."""
-    step = model.new_step(len(tokens), tokens.shape[1] + room)
+def check_decoding(prompt_length, limit, max_new_tokens, temperature, top_p, reselect, samples):
+    """ValueError, in one line, for settings that stream cannot serve."""
+    if prompt_length >= limit:
+        raise ValueError(f"the prompt has {prompt_length} tokens, but the model's context ends at "
+                         f"{limit}; shorten it")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1]")
+    if min(max_new_tokens, samples, reselect or 1) < 1 or reselect == 0:
+        raise ValueError(f"max_new_tokens {max_new_tokens}, samples {samples} and reselect "
+                         f"{reselect} must be at least 1")
+
+
+def prefill(model, tokens, max_new_tokens, prompt_lengths=None, samples=1):
+    """Run the prompts [B, S] through the full model and select.
+
+    Returns a Step with room for max_new_tokens, and the logits [B * samples, V] of the next token.
+    """
+    step = model.new_step(len(tokens), tokens.shape[1] + max_new_tokens)
+    rows = torch.arange(len(tokens), device=tokens.device)
+    lengths, mask = torch.full_like(rows, tokens.shape[1]), None
+    if prompt_lengths is not None:
+        lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     caprese.reset(model)
-    if prompt_lengths is None:
-        last = model.hidden(tokens, step.cache, generated=False)[:, -1]
-    else:
-        prompt_lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
-        hidden = model.hidden(tokens, step.cache, generated_mask(tokens, prompt_lengths))
-        last = hidden[torch.arange(len(tokens)), prompt_lengths - 1]
-        step.cache.set_lengths(prompt_lengths)
-    select(model, step)
-    logits = model.logits(last)
+    with caprese.phase(model, "prompt", mask):
+        hidden_states = model.model(tokens, step.cache)
+    step.cache.set_lengths(lengths)
+    caprese.select(model)
+    step.check_graphs()
+    logits = model.logits(hidden_states[rows, lengths - 1])
     if samples > 1:
-        each = torch.arange(len(tokens), device=tokens.device).repeat_interleave(samples)
-        logits, step = logits[each], take(model, step, each)
+        rows = rows.repeat_interleave(samples)
+        logits, step = logits[rows], reorder(model, step, rows)
     return step, logits
 
 
-def select(model, step):
-    """Take the selection, and see whether decoding by it can be recorded as a graph."""
+def reselect_neurons(model, step, tokens):
+    """Run the last rho tokens [B, rho] through the full model again: logits [B, V] of the next one.
+
+    This one pass rewrites their cache entries and adds them to the statistic; then the neurons are
+    selected anew (section 4.1.1). The last of the tokens has not been fed before, so that rho = 1
+    is the full model.
+    """
+    step.cache.advance(1 - tokens.shape[1])
+    with caprese.phase(model, "prompt"):
+        hidden_states = model.model(tokens, step.cache)
     caprese.select(model)
-    step.capture = step.tokens.is_cuda and caprese.fixed(model)
+    step.check_graphs()
+    return model.logits(hidden_states[:, -1])
 
 
-def take(model, step, rows):
-    """Continue with these rows [n] only (or with some of them several times): a new Step."""
-    caprese.take(model, rows)
-    return step.take(rows)
+def reorder(model, step, rows):
+    """Continue with these rows [n] int64 of the batch, or with some several times: a new Step."""
+    caprese.reorder(model, rows)
+    return step.reorder(rows)
 
 
-def on_host(flag):
-    """A function that returns flag on the host. On CUDA its copy is on the way meanwhile, behind the steps so far."""
-    if not flag.is_cuda:
-        return lambda: flag
-    copy, arrived = flag.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-    return lambda: arrived.synchronize() or copy
-
-
-def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(), **kwargs):
+def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None,
+             stop_ids=(), **kwargs):
     """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
     steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids, **kwargs)
     return torch.stack(list(steps), dim=1)
 
 
-def respond(model, tokenizer, questions, max_new_tokens=512, batch=128, **kwargs):
-    """Yield (index, response, token count) for many questions, decoded in batches of similar prompt lengths."""
-    prompts = [tokenizer.prompt_ids(q) for q in questions]
+# ---- many questions
+
+def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **kwargs):
+    """Yield (index, response, number of tokens) for each question.
+
+    They are decoded in batches of similar prompt lengths, so the indices come in another order.
+    """
+    prompts = [tokenizer.prompt_ids(question) for question in questions]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for at in range(0, len(order), batch):
-        rows = order[at:at + batch]
-        tokens, lengths = data.pad([prompts[i] for i in rows], model.device)
-        new = generate(model, tokens, max_new_tokens, stop_ids=tokenizer.stop_ids, prompt_lengths=lengths, **kwargs)
-        for i, ids in zip(rows, new.tolist()):
+    for start in range(0, len(order), batch_size):
+        indices = order[start:start + batch_size]
+        tokens, lengths = data.pad([prompts[i] for i in indices], model.device)
+        new = generate(model, tokens, max_new_tokens, stop_ids=tokenizer.stop_ids,
+                       prompt_lengths=lengths, **kwargs)
+        for i, ids in zip(indices, new.tolist()):
             ids = data.until_stop(ids, tokenizer.stop_ids)
             yield i, tokenizer.decode(ids), len(ids)
 
 
 def evaluate(model, tokenizer, problems, **kwargs):
-    """Accuracy in [0, 1] and mean response length in tokens of greedy answers to data.Problem items."""
-    right, tokens, start = 0, 0, time.perf_counter()
-    bar = tqdm(respond(model, tokenizer, [data.ask(p) for p in problems], **kwargs), total=len(problems),
-               desc=problems[0].kind, leave=False, disable=None)
-    for done, (i, text, count) in enumerate(bar, 1):
-        right += data.correct(text, problems[i].answer)
+    """(accuracy in [0, 1], mean response length in tokens) of greedy answers to data.Problems."""
+    right, tokens = 0, 0
+    responses = respond(model, tokenizer, [data.ask(problem) for problem in problems], **kwargs)
+    bar = tqdm(responses, total=len(problems), desc=problems[0].kind, leave=False, disable=None)
+    for done, (i, response, count) in enumerate(bar, 1):
+        right += data.correct(response, problems[i].answer)
         tokens += count
-        bar.set_postfix(accuracy=f"{right / done:.3f}", tokens_per_second=round(tokens / (time.perf_counter() - start)),
-                        refresh=False)
+        bar.set_postfix(accuracy=f"{right / done:.3f}", refresh=False)
     return right / len(problems), tokens / len(problems)
 
 
-@torch.no_grad()
-def respond_twice(model, batch):
-    """Final embeddings [B, R, D] of the responses by the full and by the sparse model, after one shared prefill."""
-    responses, _ = batch.responses()
-    longest = int(batch.prompt_lengths.max())
-    cache = model.new_cache(len(responses), longest + responses.shape[1])
-    caprese.reset(model)
-    model.hidden(batch.tokens[:, :longest], cache, batch.generated[:, :longest])
-    cache.set_lengths(batch.prompt_lengths)
-    caprese.select(model, compact=False)  # the masked path, which serves rows of any kind, and sharded weights
-    full = model.hidden(responses, cache)
-    if not caprese.sparse_layers(model):
-        return full, full
-    cache.move(-responses.shape[1])
-    return full, model.hidden(responses, cache, generated=True)
+# ---- what the scripts share
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, but an error is one line, printed by run_command, without the usage."""
+
+    def error(self, message):
+        raise ValueError(message)
 
 
-@torch.no_grad()
-def fidelity(model, pairs, size=4):
-    """How close the sparse model's next-token distributions are to the full model's, on given responses.
-
-    Returns kl (mean KL(full || sparse) in nats), agreement (share of equal top-1 tokens) and perplexity (of the
-    sparse model), over all positions that the sparse FF serves and that have a next token.
-    """
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
-    bar = tqdm(data.batches(pairs, size, model.device), total=-(-len(pairs) // size), desc="KL", leave=False,
-               disable=None)
-    for batch in bar:
-        responses, real = batch.responses()
-        here, target = real[:, 1:], responses[:, 1:][real[:, 1:]]  # position i has a next token if i + 1 is real
-        full, sparse = (model.logits(h[:, :-1][here]).float().log_softmax(-1) for h in respond_twice(model, batch))
-        kl = F.kl_div(sparse, full, log_target=True, reduction="sum")
-        same = (full.argmax(-1) == sparse.argmax(-1)).sum()
-        sums += torch.stack([kl, same, F.nll_loss(sparse, target, reduction="sum")]).double().cpu()
-        count += len(target)
-        bar.set_postfix(kl=f"{sums[0] / count:.3f}")
-    kl, agreement, loss = (sums / count).tolist()
-    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(loss)}
+def positive(text):
+    """The whole number above 0 that a flag gives; argparse reports anything else."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
 
 
 def common_arguments(parser):
-    """The flags that every script takes."""
-    parser.add_argument("--model", help="folder in the official layout or hub repo id (default: the embedded model)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="default: the checkpoint's own; on a CPU bfloat16 if it has instructions for it, else "
-                        "float32; for the embedded model float32")
+    """Add the flags that every script takes; returns the parser."""
+    parser.add_argument("--model", help="folder in the official layout or hub repo id "
+                        "(default: the bundled model)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="default: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own; on a CPU "
+                        "bfloat16 if it has instructions for it, else float32; for the bundled "
+                        "model float32")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, everything else on stderr")
+    parser.add_argument("--json", action="store_true",
+                        help="one JSON object on stdout, everything else on stderr")
     return parser
 
 
-def default_dtype(device, model):
-    """Without --dtype: the checkpoint's own (None), but on a CPU what is fastest there.
+def choose_dtype(args):
+    """The dtype that --dtype asks for, else the checkpoint's own (None) or what the CPU does best.
 
-    That is bfloat16 where the CPU has instructions for it, else float32; float32 also for the embedded model (None).
+    A CPU gets bfloat16 where it has instructions for it, else float32. The bundled model gets
+    float32 there.
     """
-    if device.type != "cpu":
+    if args.dtype:
+        return DTYPES[args.dtype]
+    if torch.device(args.device).type != "cpu":
         return None
-    able = torch.cpu.get_capabilities()
-    return torch.bfloat16 if model and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
+    capabilities = torch.cpu.get_capabilities()
+    bfloat16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if args.model and bfloat16 else torch.float32
 
 
 def load(args, onto=None):
-    """(model, tokenizer) for the common flags; the weights go onto another device than args.device if one is given."""
+    """(model, tokenizer) for the common flags; onto is another device for the weights."""
     try:
-        device = torch.device(args.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"device {args.device!r} is not available here; try --device cpu") from None
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device, args.model)
-    folder = args.model or EMBEDDED
-    model = Transformer.from_pretrained(folder, onto or device, dtype)
-    return model, data.Tokenizer(resolve(folder))
+        torch.empty(1, device=args.device).item()  # the meta device holds no numbers, so it fails
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"device {args.device!r} is not here; try --device cpu") from None
+    folder = resolve(args.model or BUNDLED)
+    model = Transformer.from_pretrained(folder, onto or args.device, choose_dtype(args))
+    return model, data.Tokenizer(folder)
 
 
-def run(main):
-    """Call main(); bad input ends in one line on stderr and exit code 2, an interrupt in exit code 130."""
+def run_command(main):
+    """Call main(). Bad input ends in one line on stderr and exit code 2, an interrupt in 130."""
     try:
         main()
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as e:
-        print("interrupted" + f"; {e}" * bool(e.args), file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted {interrupt}", file=sys.stderr)
         sys.exit(130)
 
 
-def attach(model, method, density, adapter, default_density):
-    """Set the model up for one answer, with the adapter's method and density where none is asked for."""
-    caprese.detach(model)
-    if method or (density and not adapter):
-        caprese.attach(model, method or "griffin", density or default_density)
-    if adapter:
-        caprese.load_adapter(model, adapter, density)
-
+# ---- python sample.py [prompt]
 
 def describe(model):
     """One line on what is attached."""
@@ -273,93 +256,218 @@ def describe(model):
     if not layers:
         return "full model"
     ff = next(iter(layers.values()))
-    return f"{ff.method}, {ff.density:.0%} of the neurons in {len(layers)} of {len(model.layers)} layers" + (
-        f", L and R of rank {ff.rank}" if ff.rank else "")
+    kept = "weights of 4 bits" if ff.method == "int4" else f"{ff.density:.0%} of the neurons"
+    added = caprese.added_parameters(model)
+    correction = f", x L R of {added:.1%} more parameters" if added else ""
+    return f"{ff.method}, {kept} in {len(layers)} of {len(model.model.layers)} layers{correction}"
 
 
 def answer(model, tokenizer, question, args, out):
-    """Stream one answer to `out`; returns its text, tokens and tokens per second (first token excluded)."""
+    """Stream one answer to `out`; returns it, its tokens and tokens per second after the first."""
     from tokenizers.decoders import DecodeStream
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
     decoder, ids, times = DecodeStream(skip_special_tokens=True), [], []
-    for token in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
-                        tokenizer.stop_ids, generator=seeded(model, args)):
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    for token in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p,
+                        args.reselect, tokenizer.stop_ids, generator=generator):
         ids.append(token.item())
         times.append(time.perf_counter())
         print(decoder.step(tokenizer.tokenizer, ids[-1]) or "", end="", file=out, flush=True)
     print(file=out)
     rate = (len(ids) - 1) / (times[-1] - times[0]) if len(ids) > 1 else 0.0
-    return {"response": tokenizer.decode(ids), "tokens": len(ids), "tokens_per_second": round(rate, 1)}
+    return {"response": tokenizer.decode(ids), "tokens": len(ids),
+            "tokens_per_second": round(rate, 1)}
 
 
-def answer_often(model, tokenizer, question, args, out):
-    """args.n samples of one prompt, decoded side by side on one selection; tokens per second of all together."""
-    prompt, start = torch.tensor([tokenizer.prompt_ids(question)], device=model.device), time.perf_counter()
-    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect, tokenizer.stop_ids,
-                   samples=args.n, generator=seeded(model, args))
-    seconds, samples = time.perf_counter() - start, []
-    for i, ids in enumerate(new.tolist()):
+def answer_samples(model, tokenizer, question, args, out):
+    """args.n samples of one prompt, side by side; tokens per second of all together."""
+    prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
+    start, samples = time.perf_counter(), []
+    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
+                   tokenizer.stop_ids, samples=args.n, generator=generator)
+    seconds = time.perf_counter() - start
+    for number, ids in enumerate(new.tolist(), 1):
         ids = data.until_stop(ids, tokenizer.stop_ids)
         samples.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
-        print(f"[{i + 1}] {samples[-1]['response']}", file=out)
-    tokens = sum(s["tokens"] for s in samples)
+        print(f"[{number}] {samples[-1]['response']}", file=out)
+    tokens = sum(sample["tokens"] for sample in samples)
     return {"samples": samples, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
 
 
-def seeded(model, args):
-    return torch.Generator(model.device).manual_seed(args.seed)
+def variants(args):
+    """{name: (method, density, layers, adapter)} of the answers; ValueError for a bad adapter."""
+    method, adapter, layers = args.method, args.adapter, None
+    default_density = 0.5 if args.model else BUNDLED_DENSITY
+    if args.prompt is None and not adapter:
+        method = method or "griffin"
+        adapter = BUNDLED / f"{method}.safetensors"
+        if not adapter.exists():
+            raise ValueError(f"the bundled model comes without an adapter for {method}; "
+                             f"python distill.py --method {method} makes one for --adapter")
+    if adapter:
+        about = caprese.read_adapter(adapter)[1]
+        if method not in (None, about["method"]):
+            raise ValueError(f"{adapter} is for {about['method']}, not for {method}")
+        method, layers, default_density = about["method"], about.get("layers"), about.get("density")
+    elif args.density:
+        method = method or "griffin"
+    density = args.density or default_density
+    if args.prompt is None:
+        return {"full": (None, None, None, None), "sparse": (method, density, layers, None),
+                "sparse + Caprese": (method, density, layers, adapter)}
+    return {"sparse" if method else "full": (method, density, layers, adapter)}
+
+
+def print_answers(args, model, tokenizer, out):
+    """Answer the prompt, or without one the hard problem by every variant; rows for --json."""
+    variant_settings = variants(args)
+    if args.prompt is None:
+        problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
+        question = data.ask(problem)
+        print(f"A problem of 8 steps, held out from training, answered {len(variant_settings)} "
+              f"ways on {args.device}; the answer is {problem.answer}.\n{question}", file=out)
+    else:
+        problem, question = None, args.prompt
+        print(f"Answering with {args.model or 'the bundled model'} on {args.device}: at most "
+              f"{args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
+    rows = []
+    for name, (method, density, layers, adapter) in variant_settings.items():
+        caprese.detach(model)
+        if adapter:
+            caprese.load_adapter(model, adapter, density)
+        elif method:
+            caprese.attach(model, method, density, layers)
+        print(f"\n{name}: {describe(model)}", file=out)
+        give_answer = answer if args.n == 1 else answer_samples
+        row = {"method": name} | give_answer(model, tokenizer, question, args, out)
+        verdict = ""
+        if problem and args.n == 1:
+            row["correct"] = data.correct(row["response"], problem.answer)
+            verdict = ", right" if row["correct"] else ", wrong"
+        print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
+        rows.append(row)
+    return {"prompt": question, "rows": rows}
+
+
+# ---- python sample.py --questions FILE --out FILE: the paper's training set is private, so let the
+# full model write an open one
+
+def write_training_set(args, model, tokenizer):
+    """Answer each question of args.questions args.n times; append the answers to args.out, JSONL.
+
+    Written block by block. What a block draws depends on --seed and on its number alone. So a rerun
+    drops the last block, which may be incomplete, and continues as if never interrupted.
+    """
+    problems = data.read_problems(args.questions, evaluation=True, boxed=bool(args.model))
+    per_block = max(1, args.batch_size // args.n)  # questions
+    written = read_complete_blocks(args.out)
+    first = written[-1]["block"] + 1 if written else 0
+    count = len(written)
+    print(f"Asking {args.model or 'the bundled model'} on {args.device} {len(problems)} questions, "
+          f"{args.n} times each.\n{count} samples are in {args.out} already.", file=sys.stderr)
+    bar = tqdm(range(first, -(-len(problems) // per_block)), desc="blocks", disable=None)
+    with open(args.out, "a", encoding="utf-8") as out:
+        for block in bar:
+            asked = []
+            for problem in problems[block * per_block:(block + 1) * per_block]:
+                asked += [problem] * args.n
+            lines = answer_block(args, model, tokenizer, asked, block)
+            out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            out.flush()
+            count += len(lines)
+            bar.set_postfix(samples=count)
+    return {"samples": count, "file": args.out}
+
+
+def answer_block(args, model, tokenizer, problems, block):
+    """The training samples of one block, in order; without cut answers, for they teach no end."""
+    generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + block)
+    responses = respond(model, tokenizer, [data.ask(problem) for problem in problems],
+                        args.max_new_tokens, args.batch_size, temperature=args.temperature,
+                        top_p=args.top_p, reselect=args.reselect, generator=generator)
+    lines = []
+    for i, response, tokens in sorted(responses):
+        right = data.correct(response, problems[i].answer)
+        if tokens < args.max_new_tokens and (right or not args.only_right):
+            lines.append({"question": problems[i].question, "response": response,
+                          "answer": problems[i].answer, "right": right, "block": block})
+    return lines
+
+
+def read_complete_blocks(file):
+    """The lines of all blocks in the file but the last, which is cut off; [] without a file."""
+    path = Path(file)
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
+        try:
+            lines.append(json.loads(text))
+            lines[-1]["block"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file} exists and is no training set of sample.py; "
+                             "give another --out") from None
+    lines = [line for line in lines if line["block"] < lines[-1]["block"]]
+    complete = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(complete, encoding="utf-8")
+    temporary.replace(path)
+    return lines
 
 
 def arguments():
-    parser = common_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0]))
-    parser.add_argument("prompt", nargs="?", help="default: a hard problem for the embedded model, answered three ways")
-    parser.add_argument("--method", choices=caprese.METHODS, help="sparse method (default: the adapter's, else none)")
-    parser.add_argument("--density", type=float, help="share of neurons kept, in (0, 1] (default: the adapter's, else "
-                        f"the paper's 0.5, for the embedded model {EMBEDDED_DENSITY})")
-    parser.add_argument("--adapter", help="file written by distill.py")
-    parser.add_argument("--reselect", type=int, help="rho: reselect every so many tokens (default: never)")
-    parser.add_argument("-n", type=int, default=1, help="samples of the one prompt")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    """The command line; ValueError for flags that do not go together."""
+    parser = common_arguments(ArgumentParser(description=__doc__.splitlines()[0]))
+    add = parser.add_argument
+    add("prompt", nargs="?",
+        help="default: a hard problem for the bundled model, answered three ways")
+    add("--method", choices=caprese.METHODS, help="sparse method (default: the adapter's, or none)")
+    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: the "
+        f"adapter's, or the paper's 0.5, or {BUNDLED_DENSITY} for the bundled model)")
+    add("--adapter", help="file written by distill.py")
+    add("--reselect", type=positive, help="rho: reselect every so many tokens (default: never)")
+    add("-n", type=positive, default=1, help="samples of each prompt (default: %(default)s)")
+    add("--temperature", type=float, help="default: 0, or the paper's 0.6 with -n above 1")
+    add("--top-p", type=float, help="default: 1, or the paper's 0.95 with -n above 1")
+    add("--max-new-tokens", type=positive, default=512, help="default: %(default)s")
+    add("--questions", metavar="FILE", help="write a training set: answer the questions of this "
+        "JSONL file by the full model")
+    add("--out", metavar="FILE", help="with --questions: the JSONL file to write or to continue")
+    add("--only-right", action="store_true", help="with --questions: keep only right answers")
+    add("--batch-size", type=positive, default=64,
+        help="with --questions: answers decoded side by side (default: %(default)s)")
     args = parser.parse_args()
+    several = args.n > 1
+    args.temperature = (0.6 if several else 0.0) if args.temperature is None else args.temperature
+    args.top_p = (0.95 if several else 1.0) if args.top_p is None else args.top_p
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
-    if args.prompt is None and args.model:
-        raise ValueError("give a prompt: only the embedded model comes with a problem of its own")
+    if bool(args.questions) != bool(args.out):
+        raise ValueError("--questions and --out go together: the file to read, the file to write")
+    if args.questions and (args.prompt or args.method or args.adapter or args.density):
+        raise ValueError("--questions asks the full model; it takes no prompt, --method, "
+                         "--density or --adapter")
+    if args.prompt is None and args.model and not args.questions:
+        raise ValueError("give a prompt: only the bundled model comes with a problem of its own")
+    check_decoding(0, 1, args.max_new_tokens, args.temperature, args.top_p, args.reselect, args.n)
     return args
 
 
 def main():
     args = arguments()
     out = sys.stderr if args.json else sys.stdout
-    model, tokenizer = load(args)
-    if args.prompt is None:
-        problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
-        question, method = data.ask(problem), args.method or "griffin"
-        ways = {"full": (None, None, None), "sparse": (method, args.density, None),
-                "sparse + Caprese": (method, args.density, args.adapter or EMBEDDED / f"{method}.safetensors")}
-        print(f"A problem of 8 steps, held out from training, answered {len(ways)} ways on {args.device}; "
-              f"the answer is {problem.answer}.\n{question}", file=out)
+    if args.questions:
+        model, tokenizer = load(args)
+        result = write_training_set(args, model, tokenizer)
+        print(f"{result['samples']} samples are in {args.out}", file=out)
     else:
-        problem, question = None, args.prompt
-        way = (args.method, args.density, args.adapter)
-        ways = {"sparse" if any(way) else "full": way}
-        print(f"Answering with {args.model or 'the embedded model'} on {args.device}: "
-              f"at most {args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
-    rows = []
-    for name, way in ways.items():
-        attach(model, *way, default_density=0.5 if args.model else EMBEDDED_DENSITY)
-        print(f"\n{name}: {describe(model)}", file=out)
-        row = {"method": name} | (answer if args.n == 1 else answer_often)(model, tokenizer, question, args, out)
-        if problem and args.n == 1:
-            row["correct"] = data.correct(row["response"], problem.answer)
-        verdict = {True: ", right", False: ", wrong"}.get(row.get("correct"), "")
-        print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
-        rows.append(row)
+        variants(args)  # a missing adapter is noticed before the model is loaded
+        model, tokenizer = load(args)
+        result = print_answers(args, model, tokenizer, out)
     if args.json:
-        print(json.dumps({"prompt": question, "rows": rows}))
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -1,9 +1,9 @@
-"""Problems, data sets, batches, grading. Run: python -m pytest tests/test_data.py"""
+"""Problems, data sets, batches. Run: python -m pytest tests/test_data.py"""
 
 import json
 import re
-import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 import data
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY_MATH = ROOT / "models" / "tiny-math"
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -50,23 +51,25 @@ def test_maths_answers_follow_from_the_story_and_the_chain():
 
 
 def test_reading_answers_stand_in_the_passage_and_need_no_arithmetic():
-    for p in data.problems("reading", 150, seed=7) + data.problems("reading", 150, seed=7, distinct=True):
+    distinct = data.problems("reading", 150, seed=7, distinct=True)
+    for p in data.problems("reading", 150, seed=7) + distinct:
         assert re.search(rf"\b{p.answer}\b", p.question) and not re.search(r"\d", p.question)
 
 
 @pytest.mark.parametrize("kind", ["maths", "reading"])
 def test_held_out_problems_never_occur_in_training(kind):
-    """What pretrain.py and distill.py draw is on one side of the hash, what evaluation draws on the other."""
+    """Training draws from one side of the hash of a question, evaluation from the other."""
     training = {p.question for seed in range(3) for p in data.problems(kind, 1000, seed)}
-    unseen = {p.question for seed in range(3) for p in data.problems(kind, 300, seed, evaluation=True)}
+    unseen = {p.question for seed in range(3)
+              for p in data.problems(kind, 300, seed, evaluation=True)}
     assert not training & unseen
     assert all(data.held_out(q) for q in unseen) and not any(data.held_out(q) for q in training)
 
 
 def test_pretraining_draws_no_held_out_problem():
-    sys.path.insert(0, str(ROOT / "models" / "tiny-math"))
+    sys.path.insert(0, str(TINY_MATH))
     import pretrain
-    tokenizer = data.Tokenizer(ROOT / "models" / "tiny-math")
+    tokenizer = data.Tokenizer(TINY_MATH)
     tokens, mask = next(pretrain.batches(tokenizer, 64, seed=0))
     for row, response in zip(tokens, mask):
         prompt = tokenizer.decode(row[:response.nonzero()[0]].tolist())
@@ -81,109 +84,189 @@ def test_distinct_reading_has_one_fact_of_each_kind():
 
 
 def test_problems_are_reproducible():
-    assert data.problems("maths", 20, 5) == data.problems("maths", 20, 5) != data.problems("maths", 20, 6)
+    first, again, other = (data.problems("maths", 20, seed) for seed in (5, 5, 6))
+    assert first == again != other
 
 
 def test_batches_hold_every_sample_once_with_its_prompt_length():
-    pairs = [([1] * (i % 5 + 1), [2] * (i % 7 + 1)) for i in range(23)]
-    for seed in (None, 3):
+    samples = [([1] * (i % 5 + 1), [2] * (i % 7 + 1)) for i in range(23)]
+    shuffled = [data.collate(samples, indices) for indices in data.batch_indices(samples, 4, 3)]
+    for batches in (list(data.batches(samples, 4)), shuffled):
         seen = []
-        for b in (data.collate(pairs, chunk) for chunk in data.chunks(pairs, 4, seed)):
-            for tokens, prompt, n, response in zip(b.tokens, b.prompt_lengths, b.lengths, b.response):
-                assert tokens[:prompt].eq(1).all() and tokens[prompt:n].eq(2).all() and tokens[n:].eq(0).all()
-                assert torch.equal(response, tokens == 2)
+        for b in batches:
+            assert b.tokens.dtype == torch.int64 and len(b.tokens) <= 4
+            for i in range(len(b.tokens)):
+                tokens, prompt, n = b.tokens[i], b.prompt_lengths[i], b.lengths[i]
+                assert tokens[:prompt].eq(1).all() and tokens[prompt:n].eq(2).all()
+                assert tokens[n:].eq(0).all()
+                assert torch.equal(b.response[i], tokens == 2)
+                assert torch.equal(b.generated[i], tokens != 1)
                 seen.append((int(prompt), int(n - prompt)))
-        assert sorted(seen) == sorted((len(p), len(r)) for p, r in pairs)
+        assert sorted(seen) == sorted((len(p), len(r)) for p, r in samples)
+    assert not data.collate(samples, [0, 3], counted=False).response.any()
+    orders = [data.batch_indices(samples, 4, seed) for seed in (None, 3, 3, 4)]
+    assert orders[1] == orders[2] and orders[0] != orders[1] != orders[3]
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("12 + 5 = 17. #### 17", "17", True),
-    ("#### 1,000", "1000", True),
-    ("#### 025", "25", True),
-    ("#### 17.", "17", True),
-    ("#### 3\nno, #### 17", "17", True),
-    ("#### Oslo", "Oslo", True),
-    ("#### Oslo", "Rome", False),
-    ("17", "17", False),
-    ("#### 170", "17", False),
-    ("", "17", False),
-    ("####", "17", False),
-])
-def test_grading(text, answer, right):
-    assert data.correct(text, answer) is right
-
-
-def test_read_samples_takes_the_common_field_names(tmp_path):
-    file = tmp_path / "a.jsonl"
-    rows = [{"question": "q", "answer": "a <<1+1=2>>2\n#### 2"}, {"problem": "q", "solution": "a", "answer": "7"},
-            {"query": "q", "response": "a"}, {"prompt": "q", "reference": "a"}, {"prompt": "q", "response": "a"},
-            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    samples = data.read_samples(file)
-    assert [s.question for s in samples] == ["q"] * 6
-    assert [s.response for s in samples] == ["a 2\n#### 2"] + ["a"] * 5
-    assert [s.answer for s in samples[:2]] == ["2", "7"]
-    assert [data.ask(s) for s in samples] == [f"{data.INSTRUCTION} q"] * 3 + ["q"] * 2 + [f"{data.INSTRUCTION} q"]
-    assert len(data.read_samples(file, 2)) == 2
-
-
-@pytest.mark.parametrize("line", ["{", "[]", "{}", "3", '{"question": "q"}',
-                                  '{"messages": [{"role": "user", "content": "q"}]}'])
-def test_read_samples_names_the_bad_line(tmp_path, line):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"question": "q", "answer": "a"}\n' + line)
-    with pytest.raises(ValueError, match="line 2"):
-        data.read_samples(file)
-
-
-def test_responses_are_moved_to_the_first_column():
-    batch = next(data.batches([([1, 1, 1], [2, 3]), ([1], [4, 5, 6])], 2))
-    tokens, real = batch.responses()
-    assert sorted(row[mask].tolist() for row, mask in zip(tokens, real)) == [[2, 3], [4, 5, 6]]
-    assert real[:, 0].all()
+@pytest.mark.parametrize("ids, kept", [([1, 2, 9, 3, 9], [1, 2, 9]), ([8, 1], [8]), ([1], [1])])
+def test_until_stop(ids, kept):
+    assert data.until_stop(ids, (8, 9)) == kept
 
 
 def test_too_long_samples_are_dropped_and_counted(capsys):
-    tokenizer = data.Tokenizer(ROOT / "models" / "tiny-math")
+    tokenizer = data.Tokenizer(TINY_MATH)
     problems = data.problems("maths", 40, seed=1)
     everything = data.encode_samples(problems, tokenizer)
     limit = sorted(len(p) + len(r) for p, r in everything)[19]
     kept = data.encode_samples(problems, tokenizer, limit)
-    assert kept == [pair for pair in everything if sum(map(len, pair)) <= limit]
+    assert kept == [sample for sample in everything if sum(map(len, sample)) <= limit]
     assert f"dropped {40 - len(kept)} of 40" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no sample"):
         data.encode_samples(problems, tokenizer, 3)
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside this checkout")
-@pytest.mark.parametrize("name, rows", [("gsm8k_test", 1319), ("xsum", 200)])
-def test_real_sets_are_read_whole(name, rows):
-    samples = data.read_samples(SHARED / f"{name}.jsonl")
-    assert len(samples) == rows
-    if name == "gsm8k_test":
-        assert all(data.correct(s.response, s.answer) for s in samples)
-        assert not any("<<" in s.response for s in samples)
+def write(folder, *rows):
+    file = folder / "a.jsonl"
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return file
 
 
-def test_a_json_list_is_read_as_the_set_of_metamath_is_stored(tmp_path):
-    (tmp_path / "MetaMathQA.json").write_text(json.dumps(
-        [{"query": "1 + 1?", "response": "It is 2. #### 2\nThe answer is: 2", "type": "GSM_AnsAug",
-          "original_question": "2?"}]))
-    problem, = data.read_samples(tmp_path / "MetaMathQA.json")
-    assert (problem.question, problem.kind) == ("1 + 1?", "maths") and problem.response.startswith("It is 2.")
-    (tmp_path / "cut.json").write_text('[{"query": "1 +')
-    with pytest.raises(ValueError, match="cut.json is not valid JSON"):
-        data.read_samples(tmp_path / "cut.json")
+def messages(response):
+    return {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                         {"role": "assistant", "content": response},
+                         {"role": "user", "content": "more"},
+                         {"role": "assistant", "content": "bye"}]}
+
+
+# a row of a data set: (question, response, answer, kind, level)
+ROWS = [
+    ({"question": "q", "answer": "a <<1+1=2>>2\n#### 2"}, ("q", "a 2\n#### 2", "2", "maths", 1)),
+    ({"problem": "q", "answer": "7"}, ("q", "", "7", "maths", None)),
+    ({"problem": "q", "answer": 7}, ("q", "", "7", "maths", None)),
+    ({"problem": "q", "solution": r"so \boxed{7}", "level": "Level 3"},
+     ("q", r"so \boxed{7}", "7", "maths", "Level 3")),
+    ({"problem": "q", "solution": "a", "answer": r"\frac{1}{2}", "level": 3},
+     ("q", "a", r"\frac{1}{2}", "maths", 3)),
+    ({"query": "q", "response": "It is 2. #### 2\nThe answer is: 2", "original_question": "o"},
+     ("q", "It is 2. #### 2\nThe answer is: 2", "2", "maths", None)),
+    ({"question": "q", "response": "I think 3", "answer": "2", "right": False},
+     ("q", "I think 3", "2", "maths", None)),
+    ({"question": "q", "response": "so #### 3"}, ("q", "so #### 3", "3", "maths", None)),
+    ({"question": "q", "options": ["x", "y"], "answer": "B"},
+     ("q\n(A) x\n(B) y", "B", "B", "choice", None)),
+    ({"question": "q", "choices": ["x", "y"], "answer": 0},
+     ("q\n(A) x\n(B) y", "A", "A", "choice", None)),
+    ({"context": "c", "question": "q", "answer": "a"}, ("c\nq", "a", "a", "passage", None)),
+    ({"prompt": "q", "reference": "The answer is near."},
+     ("q", "The answer is near.", "The answer is near.", "summary", None)),
+    # text unless the response marks its final answer
+    ({"prompt": "q\n", "response": "a"}, ("q\n", "a", "", "text", None)),
+    ({"prompt": "q", "response": "a #### 5"}, ("q", "a #### 5", "5", "maths", None)),
+    ({"prompt": "q", "response": "#### Title\n\na"}, ("q", "#### Title\n\na", "", "text", None)),
+    (messages("a"), ("q", "a", "", "text", None)),
+    (messages("a\n#### 5\n"), ("q", "a\n#### 5\n", "5", "maths", None)),
+]
+
+
+@pytest.mark.parametrize("row, expected", ROWS)
+def test_what_a_row_is(tmp_path, row, expected):
+    """As a sample it has its response; in an evaluation, its answer and the wish for a box."""
+    problem = data.problem_from_row(row)
+    assert astuple(problem) == expected
+    question, response, answer, kind, level = expected
+    instruction = data.INSTRUCTION + " " if kind in ("maths", "choice") else ""
+    assert data.ask(problem) == instruction + question
+    file = write(tmp_path, row)
+    if response:
+        assert data.read_problems(file) == [problem]
+    else:
+        with pytest.raises(ValueError, match="line 1: .*no response.*it needs question and"):
+            data.read_problems(file)
+    if answer:
+        asked, = data.read_problems(file, evaluation=True, boxed=True)
+        plain, = data.read_problems(file, evaluation=True)
+        assert asked.question.startswith(plain.question) and "boxed" not in plain.question
+        assert (asked.response, asked.answer, asked.kind, asked.level) == ("", answer, kind, level)
+        assert data.ask(asked).startswith(instruction + question)
+        assert data.ask(asked).endswith(r"\boxed{}.") == (kind in ("maths", "choice"))
+    else:
+        with pytest.raises(ValueError, match="line 1: .*no answer"):
+            data.read_problems(file, evaluation=True)
+
+
+@pytest.mark.parametrize("row", [
+    "{", "[]", "3", "null", '"question"', {}, {"question": "q"}, {"answer": "1"}, {"question": 5},
+    {"question": "q", "answer": ["a"], "response": 3}, {"question": ["q"], "answer": "a"},
+    {"question": "q", "options": ["x"], "answer": "B"}, {"context": "c", "answer": "a"},
+    {"question": "q", "options": ["x"], "answer": 4}, {"context": "c", "question": "q"},
+    {"question": "q", "choices": ["x", "y"], "answer": -1}, {"prompt": "q"}, {"reference": "a"},
+    {"question": "q", "choices": ["x", "y"], "answer": "AB"}, {"prompt": "", "response": "a"},
+    {"question": "q", "choices": {"text": ["x"]}, "answerKey": "A"}, {"messages": "hello"},
+    {"question": "q", "choices": list("0123456789X"), "answer": 0}, {"messages": []},
+    {"messages": [{"role": "user", "content": "q"}]},
+    {"context": "c", "question": "q", "answers": []},
+])
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_a_bad_line_is_named_in_one_line(tmp_path, row, evaluation):
+    file = write(tmp_path, {"question": "q", "answer": "a"}, row)
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: [^\n]*it needs question and[^\n]*$"):
+        data.read_problems(file, evaluation=evaluation)
+    assert len(data.read_problems(file, 1, evaluation=evaluation)) == 1
 
 
 def test_skip_bad_names_what_it_leaves_out(tmp_path, capsys):
-    file = tmp_path / "x.jsonl"
-    file.write_text('{"question": "a", "answer": "b"}\n{"question": "a"\n{"other": 1}\n\n'
-                    '{"prompt": "c", "response": "d"}\n')
-    with pytest.raises(ValueError, match="line 2.*--skip-bad"):
-        data.read_samples(file)
-    assert [p.question for p in data.read_samples(file, skip_bad=True)] == ["a", "c"]
-    assert "2 bad lines: 2, 3" in capsys.readouterr().err
+    good = {"prompt": "c", "response": "d"}
+    file = write(tmp_path, good, '{"question": "a"', {"other": 1}, "", good, good)
+    assert len(data.read_problems(file, 2, skip_bad=True)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [re.search(r"line (\d+)", line)[1] for line in said] == ["2", "3"]
+
+
+def test_files_that_hold_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        data.read_problems(tmp_path / "none.jsonl")
+    for text in ("", "\n\n", "[]"):
+        with pytest.raises(ValueError, match="a.jsonl holds no problems"):
+            data.read_problems(write(tmp_path, text))
+    with pytest.raises(ValueError, match=r"a.jsonl holds no problems"):
+        data.read_problems(write(tmp_path, "{"), skip_bad=True)
+    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match="b.jsonl is not valid JSON"):
+        data.read_problems(tmp_path / "b.jsonl")
+
+
+def test_a_json_list_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    """MetaMathQA is stored as one list; other line ends may stand inside a string."""
+    row = {"query": "1 +\u2028 1?", "response": "It is 2."}
+    lines = [json.dumps(row, ensure_ascii=False)] * 2
+    for text in (json.dumps([row, row], indent=1), "\ufeff" + "\n".join(lines),
+                 "\r\n".join(lines) + "\r\n"):
+        (tmp_path / "b.json").write_bytes(text.encode())
+        assert list(data.read_rows(tmp_path / "b.json")) == [(1, row), (2, row)]
+    for text, says in (('[{"query": "1 +', "cut.json is not valid JSON"), ("[3]", "line 1: ")):
+        (tmp_path / "cut.json").write_text(text)
+        with pytest.raises(ValueError, match=says):
+            data.read_problems(tmp_path / "cut.json")
+
+
+def test_a_parser_of_ones_own(tmp_path):
+    def parse(row):
+        return data.Problem(row["Q"], "r", row["A"], "text")
+
+    file = write(tmp_path, {"Q": "q", "A": "a"}, {"Q": "q"})
+    assert data.read_problems(file, 1, evaluation=True, parse=parse)[0].answer == "a"
+    with pytest.raises(ValueError, match="line 2: .*'A'"):
+        data.read_problems(file, evaluation=True, parse=parse)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside this checkout")
+@pytest.mark.parametrize("name, rows", [("gsm8k_test", 1319), ("xsum", 200)])
+def test_real_sets_are_read_whole(name, rows):
+    problems = data.read_problems(SHARED / f"{name}.jsonl")
+    assert len(problems) == rows
+    if name == "gsm8k_test":
+        assert all(data.correct(p.response, p.answer) for p in problems)
+        assert not any("<<" in p.response for p in problems)
 
 
 def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
@@ -195,27 +278,7 @@ def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(OSError, match="cannot fetch hf://datasets/meta-math/MetaMathQA/a/b.json: no network$"):
-        data.read_samples("hf://datasets/meta-math/MetaMathQA/a/b.json")
+    file = "hf://datasets/meta-math/MetaMathQA/a/b.json"
+    with pytest.raises(OSError, match=f"cannot fetch {file}: no network$"):
+        data.read_problems(file)
     assert asked == [("meta-math/MetaMathQA", "a/b.json", "dataset")]
-
-
-def test_generated_samples_are_right_answers_and_a_killed_run_goes_on(tmp_path):
-    def run(file, *args):
-        done = subprocess.run([sys.executable, "data.py", "generate", "--batch", "8", "--n", "2", "--samples", "12",
-                               "--only-right", "--temperature", "1.0", "--out", str(file), *args],
-                              cwd=ROOT, capture_output=True, text=True)
-        return done.returncode, done.stderr
-
-    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    assert run(whole)[0] == 0
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert len(rows) == 12 and all(data.correct(r["response"], r["answer"]) for r in rows)
-    assert not any(data.held_out(r["question"]) for r in rows)
-    assert len(data.read_samples(whole)) == 12
-    cut.write_bytes(whole.read_bytes()[:-150])  # in the middle of a line, as a kill leaves it
-    assert run(cut)[0] == 0
-    assert cut.read_bytes() == whole.read_bytes()
-    other = tmp_path / "other.jsonl"
-    other.write_text('{"question": "mine", "answer": "keep"}\n')
-    assert run(other)[0] == 2 and "keep" in other.read_text()

@@ -1,4 +1,7 @@
-"""Every family against transformers' own numbers, stored in fixtures/. Run: python -m pytest tests/test_families.py"""
+"""Every family against transformers' own numbers, stored in fixtures/.
+
+Run: python -m pytest tests/test_families.py
+"""
 
 import json
 import os
@@ -19,17 +22,18 @@ from sample import generate
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(f.parent.name for f in FIXTURES.glob("*/expected.safetensors"))
 CONFIGS = sorted(f"{f.parent.name}/{f.name}" for f in FIXTURES.glob("*/config*.json"))
-SMOLLM2 = Path(os.environ.get("CAPRESE_SMOLLM2", "~/.cache/caprese/SmolLM2-135M-Instruct")).expanduser()
-# The same float32 products, added in another order by the fused attention, differ by up to 2e-5 at logits of size
-# 10 to 25 (float32 has 2e-6 there). The smallest mistake, a window off by one in one layer, shows at 1e-2 or more:
-# test_each_trait_matters. 1e-4 lies well between.
+SMOLLM2 = Path(os.environ.get("CAPRESE_SMOLLM2",
+                              "~/.cache/caprese/SmolLM2-135M-Instruct")).expanduser()
+# The same float32 products, added in another order by the fused attention, differ by up to 2e-5 at
+# logits of size 10 to 25 (float32 has 2e-6 there). The smallest mistake, a window off by one in one
+# layer, shows at 1e-2 or more: test_each_trait_matters. 1e-4 lies well between.
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-def load(name):
+def load(name, device="cpu"):
     """A fixture's model in float32, and transformers' tokens, logits and greedy continuation."""
-    folder = FIXTURES / name
-    return Transformer.from_pretrained(folder, dtype=torch.float32), load_file(folder / "expected.safetensors")
+    model = Transformer.from_pretrained(FIXTURES / name, device, torch.float32)
+    return model, load_file(FIXTURES / name / "expected.safetensors", device)
 
 
 def test_all_families_have_fixtures():
@@ -41,43 +45,41 @@ def test_all_families_have_fixtures():
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-def test_logits(config, tmp_path):
+def test_logits(config, tmp_path, device):
     """Both styles of config.json, and every known trap, give the logits of transformers."""
     name, file = config.split("/")
     shutil.copytree(FIXTURES / name, tmp_path, dirs_exist_ok=True)
     shutil.copy(FIXTURES / name / file, tmp_path / "config.json")
-    expected = load_file(tmp_path / "expected.safetensors")
-    model = Transformer.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = load_file(tmp_path / "expected.safetensors", device)
+    model = Transformer.from_pretrained(tmp_path, device, torch.float32)
     assert_close(model(expected["tokens"]), expected["logits"], **CLOSE)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_continuation(name):
+def test_greedy_continuation(name, device):
     """24 tokens with the cache, past the windows."""
-    model, expected = load(name)
+    model, expected = load(name, device)
     new = generate(model, expected["tokens"], expected["greedy"].shape[1])
     assert new.tolist() == expected["greedy"].tolist()
 
 
-TRAITS = [
-    ("mistral", lambda c: {"windows": (7, 7)}), ("mistral", lambda c: {"windows": (6, 5)}),
-    ("qwen3", lambda c: {"windows": (6, 6, 6)}), ("gemma2", lambda c: {"windows": (None, 6, None)}),
-    ("gemma2", lambda c: {"attn_logit_softcapping": None}), ("gemma2", lambda c: {"final_logit_softcapping": None}),
-    ("gemma2", lambda c: {"query_pre_attn_scalar": None}), ("gemma2", lambda c: {"hidden_act": "silu"}),
-    ("gemma2", lambda c: {"scale_embeddings": False}), ("gemma2", lambda c: {"norm_plus_one": False}),
-    ("llama-tied", lambda c: {"rope_scaling": None}), ("llama-tied", lambda c: {"rope_theta": 10000.0}),
-    ("llama-tied", lambda c: {"rope_scaling": c.rope_scaling | {"high_freq_factor": 2.0}}),
-    ("llama-tied", lambda c: {"rope_scaling": c.rope_scaling | {"low_freq_factor": 2.0}}),
-    ("llama-tied", lambda c: {"rms_norm_eps": 1e-2}),
-]
-
-
-@pytest.mark.parametrize("case", range(len(TRAITS)))
-def test_each_trait_matters(case):
-    """The fixtures can tell: without any one of these the logits are off by far more than the tolerance."""
-    name, change = TRAITS[case]
+@pytest.mark.parametrize("name, change", [
+    ("mistral", {"windows": (7, 7)}), ("mistral", {"windows": (6, 5)}),
+    ("qwen3", {"windows": (6, 6, 6)}), ("gemma2", {"windows": (None, 6, None)}),
+    ("gemma2", {"attn_logit_softcapping": None}), ("gemma2", {"final_logit_softcapping": None}),
+    ("gemma2", {"query_pre_attn_scalar": None}), ("gemma2", {"hidden_act": "silu"}),
+    ("gemma2", {"scale_embeddings": False}), ("gemma2", {"norm_plus_one": False}),
+    ("llama-tied", {"rope_scaling": None}), ("llama-tied", {"rope_theta": 10000.0}),
+    ("llama-tied", {"rope_scaling": {"high_freq_factor": 2.0}}),
+    ("llama-tied", {"rope_scaling": {"low_freq_factor": 2.0}}),
+    ("llama-tied", {"rms_norm_eps": 1e-2}),
+])
+def test_each_trait_matters(name, change):
+    """The fixtures can tell: without any one of these the logits are off far more than allowed."""
     model, expected = load(name)
-    other = Transformer(replace(model.config, **change(model.config)))
+    if change.get("rope_scaling"):
+        change = {"rope_scaling": model.config.rope_scaling | change["rope_scaling"]}
+    other = Transformer(replace(model.config, **change))
     other.load_state_dict(model.state_dict())
     assert (other(expected["tokens"]) - expected["logits"]).abs().max() > 100 * CLOSE["atol"]
 
@@ -104,7 +106,8 @@ def refused(change, name="llama-tied"):
     ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
     ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
     ({"rope_scaling": None, "rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-    ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
+    ({"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+     "per layer type"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"hidden_act": "relu"}, "'relu'"),
@@ -116,7 +119,11 @@ def refused(change, name="llama-tied"):
     ({"hidden_size": None}, "'hidden_size'"),
     ({"vocab_size": "72"}, "vocab_size is '72'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": "two"}, "wrong kind"),
     ({"num_key_value_heads": 3}, "3 key/value heads"),
+    ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
 ])
 def test_refused_by_name(change, says):
     assert says in refused(change)
@@ -141,7 +148,7 @@ def test_smollm2_knows_the_capital_of_france():
 
 
 def test_smollm2_logits():
-    """The logits that transformers gives for six tokens after a paragraph, in fixtures/smollm2.json."""
+    """transformers' logits of six tokens after a paragraph, as fixtures/smollm2.json has them."""
     model, tokenizer = smollm2()
     known = json.loads((FIXTURES / "smollm2.json").read_text())
     ids = tokenizer.encode(known["text"])

@@ -10,12 +10,13 @@ import data
 from data import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
-CASES = {case["name"]: case for case in json.loads((FIXTURES / "prompts.json").read_text(encoding="utf-8"))["cases"]}
+PROMPTS = json.loads((FIXTURES / "prompts.json").read_text(encoding="utf-8"))
+CASES = {case["name"]: case for case in PROMPTS["cases"]}
 USER = [{"role": "user", "content": "hello"}]
 
 
 def make(folder, tokenizer_config=None, **files):
-    """A Tokenizer of the fixture's vocabulary with the given files beside it; a dictionary is written as JSON."""
+    """A Tokenizer of the fixture's vocabulary and the given files; dictionaries become JSON."""
     tokenizer = json.loads((FIXTURES / "tokenizer.json").read_text(encoding="utf-8"))
     files = {"tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config or {}} | files
     for name, content in files.items():
@@ -27,7 +28,7 @@ def make(folder, tokenizer_config=None, **files):
 
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_are_those_of_transformers(tmp_path, name):
-    """The same string and the same ids: a bos neither lost nor doubled, whether template or tokenizer writes it."""
+    """The same string and the same ids: a bos is neither lost nor doubled, whoever writes it."""
     case = CASES[name]
     tokenizer = json.loads((FIXTURES / "tokenizer.json").read_text(encoding="utf-8"))
     made = make(tmp_path, case["tokenizer_config"], **{
@@ -39,7 +40,7 @@ def test_prompts_are_those_of_transformers(tmp_path, name):
 
 
 def test_the_cases_are_what_they_should_be():
-    """Guards the fixtures: the templates differ, and the two base models differ in the bos alone."""
+    """Guards the fixtures: the templates differ, the two base models differ in the bos alone."""
     first = {name: case["chats"][0] for name, case in CASES.items()}
     assert len({first[n]["prompt"] for n in ("llama3", "qwen2.5", "gemma2", "deepseek-r1")}) == 4
     assert first["base with bos"]["ids"][1:] == first["base without bos"]["ids"]
@@ -48,12 +49,15 @@ def test_the_cases_are_what_they_should_be():
 
 @pytest.mark.parametrize("template", [
     "{{ messages.__class__ }}", "{{ messages.__class__.__mro__ }}", "{{ ''|attr('__class__') }}",
-    "{{ messages.append(1) }}", "{% set _ = messages[0].update({'role': 'system'}) %}", "{{ messages.clear() }}",
+    "{{ messages.append(1) }}",
+    "{% set _ = messages[0].update({'role': 'system'}) %}",
+    "{{ messages.clear() }}",
     "{{ cycler.__init__.__globals__ }}", "{{ raise_exception.__globals__ }}",
 ])
 def test_forbidden_templates_are_refused(tmp_path, template):
     tokenizer = make(tmp_path, {"chat_template": template})
-    with pytest.raises(ValueError, match="^the chat template is refused: access to [^\n]* unsafe[^\n]*$"):
+    refused = "^the chat template fails: access to [^\n]* unsafe[^\n]*$"
+    with pytest.raises(ValueError, match=refused):
         tokenizer.prompt("hello")
 
 
@@ -73,7 +77,7 @@ def test_failing_templates_end_in_one_line(tmp_path, template, says):
 
 def test_mutation_leaves_the_conversation_alone():
     messages = [dict(m) for m in USER]
-    with pytest.raises(ValueError, match="refused"):
+    with pytest.raises(ValueError, match="unsafe"):
         data.render("{{ messages.pop() }}", messages=messages)
     assert messages == USER
 
@@ -96,13 +100,16 @@ def test_no_jinja2(tmp_path, monkeypatch):
     (None, None, ()),
 ])
 def test_stop_ids(tmp_path, generation, config, stops):
-    assert make(tmp_path, **{"generation_config.json": generation, "config.json": config}).stop_ids == stops
+    files = {"generation_config.json": generation, "config.json": config}
+    assert make(tmp_path, **files).stop_ids == stops
 
 
 def test_special_tokens_map_fills_in(tmp_path):
     """Older repos name the special tokens in a file of their own."""
-    tokenizer = make(tmp_path, {"chat_template": "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}", "pad_token": None},
-                     **{"special_tokens_map.json": {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}})
+    template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}"
+    special = {"bos_token": {"content": "<bos>"}, "eos_token": "<eos>"}
+    tokenizer = make(tmp_path, {"chat_template": template, "pad_token": None},
+                     **{"special_tokens_map.json": special})
     assert tokenizer.prompt("hello") == "<bos>|<eos>|"
 
 
@@ -121,8 +128,26 @@ def test_merges_as_strings_or_pairs(tmp_path):
 def test_training_time_truncation_and_padding_are_off(tmp_path):
     """A tokenizer.json may keep the settings of the run that it was saved in."""
     tokenizer = json.loads((FIXTURES / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    tokenizer["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
-                            "pad_type_id": 0, "pad_token": "<eos>"}
+    tokenizer["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst",
+                               "stride": 0}
+    tokenizer["padding"] = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_id": 0,
+                            "pad_type_id": 0, "pad_token": "<eos>", "pad_to_multiple_of": None}
     made = make(tmp_path, **{"tokenizer.json": tokenizer})
-    assert made.encode("a somewhat longer text") == make(tmp_path / "..").encode("a somewhat longer text")
+    (tmp_path / "plain").mkdir()
+    text = "a somewhat longer text"
+    assert made.encode(text) == make(tmp_path / "plain").encode(text)
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
+    """JSON can hold "\\ud800", which is no character and which no tokenizer knows."""
+    tokenizer = make(tmp_path, {"chat_template": template})
+    for encode in (tokenizer.prompt_ids, tokenizer.encode):
+        with pytest.raises(ValueError, match="^[^\n]*surrogate[^\n]*$"):
+            encode(json.loads('"a \\ud800 b"'))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3"])
+def test_a_configuration_that_is_no_object_is_named(tmp_path, text):
+    with pytest.raises(ValueError, match="tokenizer_config.json is not a JSON object"):
+        make(tmp_path, **{"tokenizer_config.json": text})

@@ -14,111 +14,161 @@ import data
 import sample
 
 ROOT = Path(__file__).resolve().parents[1]
+QUESTION = ("Please reason step by step. Tom has 12 apples. Tom buys 5 more. "
+            "How many apples does Tom have?")
 
 
-def test_greedy_is_the_argmax_of_teacher_forced_logits():
-    model, prompt = tiny.model(), tiny.tokens(2, 7)
+def test_greedy_is_the_argmax_of_the_models_logits(device):
+    model, prompt = tiny.model(device=device), tiny.tokens(2, 7, device=device)
     new = sample.generate(model, prompt, 10)
     logits = model(torch.cat([prompt, new], dim=1))[:, 6:-1]
     assert torch.equal(logits.argmax(-1), new)
 
 
-def test_rows_of_different_lengths_decode_as_alone():
-    model, prompts, lengths = tiny.model(), tiny.tokens(3, 9), torch.tensor([4, 9, 6])
-    together = sample.generate(model, prompts, 12, prompt_lengths=lengths)
-    for row, n in enumerate(lengths):
-        assert torch.equal(together[row], sample.generate(model, prompts[row:row + 1, :n], 12)[0])
-
-
-def test_a_row_repeats_its_stop_until_the_last_is_done():
-    model, prompts = tiny.model(), tiny.tokens(3, 6)
+def test_a_row_repeats_its_stop_until_the_last_is_done(device):
+    model, prompts = tiny.model(device=device), tiny.tokens(3, 6, device=device)
     free = sample.generate(model, prompts, 20)
     stop = int(free[0, 3])
     new = sample.generate(model, prompts, 20, stop_ids=(stop,))
     for row in range(3):
         ids = data.until_stop(free[row].tolist(), (stop,))
         assert new[row].tolist() == ids + [stop] * (new.shape[1] - len(ids))
-    assert sample.generate(model, prompts[:1], 20, stop_ids=(stop,)).shape[1] == free[0].tolist().index(stop) + 1
+    alone = sample.generate(model, prompts[:1], 20, stop_ids=(stop,))
+    assert alone.shape[1] == free[0].tolist().index(stop) + 1
 
 
-def test_generation_ends_at_the_context():
-    model = tiny.model()  # context 128
-    assert sample.generate(model, tiny.tokens(1, 120), 50).shape == (1, 8)
+def test_generation_ends_at_the_context(device):
+    model = tiny.model(device=device)  # context 128
+    assert sample.generate(model, tiny.tokens(1, 120, device=device), 50).shape == (1, 8)
     with pytest.raises(ValueError, match="context"):
-        sample.generate(model, tiny.tokens(1, 128), 1)
+        sample.generate(model, tiny.tokens(1, 128, device=device), 1)
 
 
-def test_samples_of_one_prompt_share_its_selection():
-    model, prompt = tiny.model(), tiny.tokens(1, 7)
+def test_a_consumer_that_breaks_off_leaves_the_full_model(device):
+    model, tokens = tiny.model(device=device), tiny.tokens(1, 7, device=device)
+    full = model(tokens)
+    tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6))
+    steps = sample.stream(model, tokens, 10, reselect=4)
+    for _ in range(2):
+        next(steps)
+        torch.testing.assert_close(model(tokens), full)  # between two steps as well
+    steps.close()
+    torch.testing.assert_close(model(tokens), full)
+
+
+def test_samples_are_drawn_by_the_seed(device):
+    model, prompt = tiny.model(device=device), tiny.tokens(1, 7, device=device)
     caprese.attach(model, "griffin", 0.4)
-    alone = sample.generate(model, prompt, 10)
-    many = sample.generate(model, prompt, 10, samples=3)
-    assert caprese.sparse_layers(model)[0].compact and torch.equal(many, alone.expand(3, -1))
-    drawn = sample.generate(model, prompt, 10, samples=4, temperature=1.0, generator=torch.Generator().manual_seed(0))
-    assert len({tuple(row) for row in drawn.tolist()}) == 4
-    again = sample.generate(model, prompt, 10, samples=4, temperature=1.0, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, again)
+    drawn = []
+    for _ in range(2):
+        generator = torch.Generator(device).manual_seed(0)
+        drawn.append(sample.generate(model, prompt, 10, samples=4, temperature=1.0,
+                                     generator=generator))
+    assert len({tuple(row) for row in drawn[0].tolist()}) == 4
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize("reselect", [None, 3])
 @pytest.mark.parametrize("method", caprese.METHODS)
-def test_samples_of_several_prompts_keep_their_own_selection(method, reselect):
-    model, prompts, lengths = caprese.attach(tiny.model().double(), method, 0.4), tiny.tokens(2, 7), torch.tensor([7, 5])
-    once = sample.generate(model, prompts, 8, prompt_lengths=lengths, reselect=reselect)
-    twice = sample.generate(model, prompts, 8, prompt_lengths=lengths, reselect=reselect, samples=2)
+def test_samples_of_several_prompts_keep_their_own_selection(method, reselect, device):
+    model = caprese.attach(tiny.model(device=device).double(), method, 0.4)
+    prompts, settings = tiny.tokens(2, 7, device=device), {"prompt_lengths": [7, 5]}
+    once = sample.generate(model, prompts, 8, reselect=reselect, **settings)
+    twice = sample.generate(model, prompts, 8, reselect=reselect, samples=2, **settings)
     assert torch.equal(twice, once.repeat_interleave(2, dim=0))
 
 
-def test_decoding_leaves_nothing_that_a_later_pass_cannot_change():
-    """The buffers that generate() allocates are filled again outside of it, and trained against."""
-    model, tokens = caprese.attach(tiny.model(), "griffin", 0.4, rank=4), tiny.tokens(1, 9)
-    sample.generate(model, tokens[:, :5], 4)
-    model.hidden(tokens, generated=False)
-    caprese.select(model)
-    model.hidden(tokens, generated=True)
-    model(tokens, [5]).sum().backward()
+def test_choose_follows_the_distribution_and_top_p(device):
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05], device=device)
 
-
-def test_choose_follows_the_distribution_and_top_p():
-    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(20000, -1)
-    draw = lambda **kw: torch.bincount(sample.choose(logits, generator=torch.Generator().manual_seed(0), **kw),
-                                       minlength=4) / 20000
-    # Three standard deviations of a share of 20,000 draws are at most 0.011.
-    assert torch.allclose(draw(temperature=1.0), torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.011)
-    assert torch.allclose(draw(temperature=1.0, top_p=0.8), torch.tensor([0.625, 0.375, 0, 0]), atol=0.011)
+    def draw(**settings):
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = sample.choose(p.log().expand(20000, -1), generator=generator, **settings)
+        return torch.bincount(drawn, minlength=4).cpu() / 20000
+    # Three standard deviations of a frequency among 20,000 draws are at most 0.011.
+    assert torch.allclose(draw(temperature=1.0), p.cpu(), atol=0.011)
+    cut = torch.tensor([0.625, 0.375, 0, 0])
+    assert torch.allclose(draw(temperature=1.0, top_p=0.8), cut, atol=0.011)
     assert draw(temperature=1.0, top_p=1e-9)[0] == 1 and draw(temperature=1e-3)[0] == 1
-    sharp = torch.tensor([0.5, 0.3, 0.15, 0.05]) ** 2
+    sharp = p.cpu() ** 2
     assert torch.allclose(draw(temperature=0.5), sharp / sharp.sum(), atol=0.011)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_p": 0.0}, {"reselect": 0}, {"samples": 0},
-                                 {"max_new_tokens": 0}])
+@pytest.mark.parametrize("bad", [
+    {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"reselect": 0},
+    {"samples": 0}, {"max_new_tokens": 0}])
 def test_generate_refuses(bad):
     with pytest.raises(ValueError):
         sample.generate(tiny.model(), tiny.tokens(1, 5), **{"max_new_tokens": 4} | bad)
 
 
-def run(*args):
-    return subprocess.run([sys.executable, "sample.py", *args], cwd=ROOT, capture_output=True, text=True)
+# ---- the command line, in this process
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call python sample.py with these arguments: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", *map(str, args)])
+        code = 0
+        try:
+            sample.run_command(sample.main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return call
 
 
 def test_command_answers_three_ways():
-    done = run("--json")
+    done = subprocess.run([sys.executable, "sample.py", "--json", "--device", "cpu"], cwd=ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
-    assert [r["method"] for r in rows] == ["full", "sparse", "sparse + Caprese"]
-    assert [r["correct"] for r in rows] == [True, False, True]
-    assert all(r["tokens_per_second"] > 0 for r in rows)
+    assert [row["method"] for row in rows] == ["full", "sparse", "sparse + Caprese"]
+    assert [row["correct"] for row in rows] == [True, False, True]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["response"] in done.stderr  # what streamed is what is reported
 
 
-def test_command_answers_a_prompt():
-    question = "Please reason step by step. Tom has 12 apples. Tom buys 5 more. How many apples does Tom have?"
-    done = run(question, "--json")
-    assert json.loads(done.stdout)["rows"][0]["response"] == "12 + 5 = 17. #### 17"
-    done = run(question, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8", "-n", "3",
-               "--temperature", "0.6", "--top-p", "0.95", "--seed", "3")
-    assert len(json.loads(done.stdout)["rows"][0]["samples"]) == 3
+def test_command_answers_a_prompt(run):
+    code, out, _ = run(QUESTION, "--json")
+    assert code == 0 and json.loads(out)["rows"][0]["response"] == "12 + 5 = 17. #### 17"
+    _, out, _ = run(QUESTION, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8",
+                    "-n", "3", "--seed", "3")
+    assert len(json.loads(out)["rows"][0]["samples"]) == 3
+
+
+@pytest.mark.parametrize("n, temperature, top_p", [(1, 0.0, 1.0), (4, 0.6, 0.95)])
+def test_several_samples_are_drawn_as_in_the_paper(n, temperature, top_p, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "x", "-n", str(n)])
+    args = sample.arguments()
+    assert (args.temperature, args.top_p) == (temperature, top_p)
+
+
+def test_four_bits_are_no_fraction_of_the_neurons(run):
+    code, out, _ = run(QUESTION, "--method", "int4", "--max-new-tokens", "2")
+    assert code == 0 and "weights of 4 bits" in out and "neurons" not in out
+
+
+def test_a_method_without_a_bundled_adapter_answers_nothing(run):
+    code, out, err = run("--method", "cats")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "without an adapter for cats" in err
+
+
+@pytest.mark.parametrize("method, density, layers, says", [
+    ("cats", 0.5, None, "cats, 50% of the neurons in 6 of 6 layers"),
+    ("griffin", 0.4, [0, 2], "griffin, 40% of the neurons in 2 of 6 layers")])
+def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says, run, tmp_path):
+    model = sample.Transformer.from_pretrained(sample.BUNDLED)
+    file = tmp_path / "own.safetensors"
+    caprese.save_adapter(tiny.fill(caprese.attach(model, method, density, layers, 4)), file)
+    code, out, err = run("--adapter", file, "--max-new-tokens", "3")
+    assert code == 0, err
+    lines = [line.partition(": ")[2] for line in out.splitlines() if ": " in line]
+    assert "full model" in lines and says in lines
+    assert any(line.startswith(f"{says}, x L R of ") for line in lines)
 
 
 @pytest.mark.parametrize("args, words", [
@@ -128,12 +178,52 @@ def test_command_answers_a_prompt():
     (["x", "--method", "cats", "--adapter", "models/tiny-math/griffin.safetensors"], "for griffin"),
     (["x", "--adapter", "models/tiny-math/model.safetensors"], "not a Caprese adapter"),
     (["long " * 600], "context"),
+    (["half \ud800 a pair"], "surrogate"),
     (["x", "--device", "abacus"], "abacus"),
+    (["x", "--device", "meta"], "meta"),
     (["x", "--model", "no/such/folder/at/all"], "no/such/folder/at/all"),
     (["--model", "models/tiny-math"], "prompt"),
     (["x", "--temperature", "-1"], "temperature"),
+    (["x", "--temperature", "nan"], "temperature"),
+    (["--questions", "file.jsonl"], "--out"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(args, words):
-    done = run(*args)
-    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+def test_bad_input_is_one_line_and_exit_code_2(args, words, run):
+    code, _, err = run(*args)
+    assert code == 2 and words in err.splitlines()[-1]
+
+
+# ---- a training set of one's own
+
+@pytest.fixture
+def questions(tmp_path):
+    """Six questions of the bundled model's kind, and the first again with a wrong answer."""
+    file = tmp_path / "questions.jsonl"
+    problems = data.problems("maths", 6, 3)
+    rows = [{"question": p.question, "answer": p.answer} for p in problems]
+    rows.append({"question": rows[0]["question"], "answer": "123456"})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_training_set_holds_right_answers_and_resumes_to_the_same_bytes(questions, run, tmp_path):
+    whole, other = tmp_path / "whole.jsonl", tmp_path / "other.jsonl"
+    settings = ["--questions", questions, "-n", 4, "--batch-size", 8, "--only-right"]
+    code, _, err = run(*settings, "--out", whole)
+    assert code == 0, err
+    rows = [json.loads(line) for line in whole.read_text().splitlines()]
+    assert 0 < len(rows) <= 24 and all(row["right"] for row in rows)
+    assert all(data.correct(row["response"], row["answer"]) for row in rows)
+    assert len(data.read_problems(whole)) == len(rows)
+    before = whole.read_bytes()
+    whole.write_bytes(before[:-150])  # in the middle of a line, as a kill leaves it
+    assert run(*settings, "--out", whole)[0] == 0
+    assert whole.read_bytes() == before
+    other.write_text('{"question": "mine", "answer": "keep"}\n')
+    assert run(*settings, "--out", other)[0] == 2 and "keep" in other.read_text()
+
+
+def test_cut_answers_are_left_out(questions, run, tmp_path):
+    file = tmp_path / "cut.jsonl"
+    code, _, err = run("--questions", questions, "--out", file, "--max-new-tokens", 2)
+    assert code == 0, err
+    assert file.read_text() == ""

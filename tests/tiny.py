@@ -5,28 +5,31 @@ import torch
 from caprese import sparse_layers
 from model import Config, Transformer
 
-CONFIG = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+CONFIG = {"model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 80,
+          "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "max_position_embeddings": 128}
 
 
-def model(seed=0, **changes):
-    """A frozen random Transformer whose weights are large enough that FF errors show in the logits."""
+def model(seed=0, device="cpu", **changes):
+    """A frozen random Transformer whose weights are large enough that FF errors show."""
     torch.manual_seed(seed)
     model = Transformer(Config.from_dict(CONFIG | changes))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.15)
-    return model.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval().to(device)
 
 
 def fill(model, seed=1):
     """Give the attached correction random values of a size that matters."""
     generator = torch.Generator().manual_seed(seed)
     for ff in sparse_layers(model).values():
-        for p in ff.learned().values():
-            p.data.normal_(0, 0.2, generator=generator)
+        for p in ff.adapter_parameters().values():
+            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
     return model
 
 
-def tokens(rows, length, seed=2):
-    return torch.randint(0, CONFIG["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
+def tokens(batch_size, length, seed=2, device="cpu"):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, CONFIG["vocab_size"], (batch_size, length),
+                         generator=generator).to(device)

@@ -1,4 +1,4 @@
-"""Train the embedded model from scratch: python models/tiny-math/pretrain.py (under an hour on 2 CPU cores).
+"""Train the bundled model from scratch: python models/tiny-math/pretrain.py (under an hour on 2 CPU cores).
 
 Next-token training on the responses of problems that data.py makes; writes the folder this file stands in.
 """
@@ -67,7 +67,7 @@ def initialise(model):
     """Normal weights, smaller where a matrix ends in the residual stream; norms stay at one."""
     for name, p in model.named_parameters():
         if p.dim() > 1:
-            shrink = math.sqrt(2 * len(model.layers)) if "o_proj" in name or "down_proj" in name else 1
+            shrink = math.sqrt(2 * len(model.model.layers)) if "o_proj" in name or "down_proj" in name else 1
             torch.nn.init.normal_(p, std=0.04 / shrink)
 
 
@@ -94,7 +94,7 @@ def batches(tokenizer, size, seed):
 
 def train(model, stream, steps, lr):
     """Adjust all weights for `steps` batches: 100 steps of warm-up, level, then down to zero over the last 60%."""
-    matrices = [p for p in model.layers.parameters() if p.dim() == 2]
+    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
     # Muon gets there in about half of AdamW's steps; adjusted so that one learning rate suits both.
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
@@ -105,7 +105,8 @@ def train(model, stream, steps, lr):
     for step in bar:
         tokens, mask = (t.to(model.device) for t in next(stream))
         here = mask[:, 1:]  # position i predicts token i + 1
-        loss = F.cross_entropy(model.logits(model.hidden(tokens[:, :-1])[here]), tokens[:, 1:][here])
+        hidden_states = model.model(tokens[:, :-1])[here]
+        loss = F.cross_entropy(model.logits(hidden_states), tokens[:, 1:][here])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,0 +1,110 @@
+"""LoRA in place of x L R: the paper's baseline (appendix C, table 6), and an example of a fork.
+
+The matrices of the sparse FF become Wg + A B, W1 + A B, W2 + A B, with as many parameters in all
+as L and R have. It cannot fuse as equations (9) and (10) do: x A B is two products, one after the
+other, beside each of the three matrices, and the last A B needs what the first two have made.
+
+To try a correction of your own, subclass SparseFF as below and attach it:
+
+    caprese.attach(model, "griffin", density=0.5, rank=256, block=LoRAFF)
+
+    correction_name               stands in the adapter's metadata
+    new_adapter, set_adapter      what is learned; other parameters of the module are frozen
+    sparse, mixed                 the masked path: what a generated token gets
+    gather, fused                 the compact path: what is copied at a selection, and a decode step
+
+Everything else works as before: selection, distill.end_to_end, sample.stream, adapters on disk
+(caprese.load_adapter(model, file, block=LoRAFF)), and bench.measure. If the correction only adds
+something else to FF_sparse(x), SparseFF.correction and fused are enough.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import caprese
+
+MATRICES = ("gate", "up", "down")
+
+
+def low_rank(x, A, B):
+    """x A B in x's dtype: x [..., in], A [in, q], B [q, out] -> [..., out]."""
+    return x @ A.to(x.dtype) @ B.to(x.dtype)
+
+
+class LoRAFF(caprese.SparseFF):
+    """The sparse FF with a low-rank update A B on each of its three matrices.
+
+    Its parameters are gate_A [D, q], gate_B [q, F], up_A [D, q], up_B [q, F], down_A [F, q] and
+    down_B [q, D] in float32. The compact path reads them as buffers gate_A_k, gate_B_k and so on.
+    """
+    correction_name = "lora"
+
+    def new_adapter(self, rank):
+        """Create the factors; each B is zero, so that training starts from the sparse method."""
+        if self.method == "int4":
+            raise ValueError("LoRA is a baseline of the sparse methods; it is not implemented "
+                             "for int4")
+        D, F_ = self.gate_proj.in_features, self.gate_proj.out_features
+        q = 0 if rank == 0 else max(1, round(2 * D * rank / (3 * (D + F_))))  # 3 q (D + F) = 2 D r
+        for name in MATRICES:
+            weight = getattr(self, f"{name}_proj").weight  # [out, in]
+            A = torch.randn(weight.shape[1], q, device=weight.device) * weight.shape[1] ** -0.5
+            B = torch.zeros(q, weight.shape[0], device=weight.device)
+            setattr(self, f"{name}_A", nn.Parameter(A))
+            setattr(self, f"{name}_B", nn.Parameter(B))
+            self.register_buffer(f"{name}_A_k", None, persistent=False)
+            self.register_buffer(f"{name}_B_k", None, persistent=False)
+
+    def set_adapter(self, **factors):
+        """Take the six factors by name; their rank q may be another than before.
+
+        Raises ValueError if shapes do not fit or a value is not finite.
+        """
+        for name in MATRICES:
+            out_features, in_features = getattr(self, f"{name}_proj").weight.shape
+            A, B = factors[f"{name}_A"], factors[f"{name}_B"]
+            if A.dim() != 2 or len(A) != in_features or B.shape != (A.shape[1], out_features):
+                raise ValueError(f"{name}_A {list(A.shape)} and {name}_B {list(B.shape)} must have "
+                                 f"the shapes [{in_features}, q] and [q, {out_features}]")
+            if not (A.isfinite().all() and B.isfinite().all()):
+                raise ValueError(f"{name}_A or {name}_B holds a value that is not finite")
+        for name, factor in factors.items():
+            factor = factor.detach().to(self.gate_proj.weight.device, torch.float32)
+            setattr(self, name, nn.Parameter(factor.contiguous()))
+
+    def sparse(self, x, gate, z, selection):
+        """The masked path: [B, T, D] -> [B, T, D]. gate and z, made without A B, are not used."""
+        gate = self.act_fn(self.gate_proj(x) + low_rank(x, self.gate_A, self.gate_B))
+        z = gate * (self.up_proj(x) + low_rank(x, self.up_A, self.up_B))
+        z = self.sparsify(gate, z, selection)
+        return self.down_proj(z) + low_rank(z, self.down_A, self.down_B)
+
+    def mixed(self, x, gate, z, generated):
+        """sparse() where generated [B, T] is True, by the selection of the others; else FF(x)."""
+        selection = self.row_selection(self.prompt_statistic(gate, z, ~generated))
+        sparse = self.sparse(x, gate, z, selection)
+        return torch.where(generated[..., None], sparse, self.down_proj(z))
+
+    @torch.no_grad()
+    def gather(self, top):
+        """Decode by the compact path: copy neurons top [k], and of the factors their part of them.
+
+        All of them are copied as F.linear reads them, [out, in].
+        """
+        self.compact, self.selection = True, None
+        tensors = {"gate_k": self.gate_proj.weight[top],      # [k, D]
+                   "up_k": self.up_proj.weight[top],          # [k, D]
+                   "down_k": self.down_proj.weight[:, top],   # [D, k]
+                   "gate_A_k": self.gate_A.T, "gate_B_k": self.gate_B[:, top].T,
+                   "up_A_k": self.up_A.T, "up_B_k": self.up_B[:, top].T,
+                   "down_A_k": self.down_A[top].T, "down_B_k": self.down_B.T}
+        for name, tensor in tensors.items():
+            self.buffer(name, tensor.shape, self.gate_proj.weight.dtype).copy_(tensor)
+
+    def fused(self, x):
+        """A decode step of the compact path, in nine products: [B, T, D] -> [B, T, D]."""
+        gate = F.linear(x, self.gate_k) + F.linear(F.linear(x, self.gate_A_k), self.gate_B_k)
+        up = F.linear(x, self.up_k) + F.linear(F.linear(x, self.up_A_k), self.up_B_k)
+        z = self.act_fn(gate) * up
+        return F.linear(z, self.down_k) + F.linear(F.linear(z, self.down_A_k), self.down_B_k)

@@ -1,0 +1,78 @@
+"""Table 5: time to the next token at batch 1, of GRIFFIN alone, with LoRA, and with Caprese.
+
+The paper claims that L and R add nothing to GRIFFIN's time, for they fuse into its products, while
+LoRA of as many parameters does not fuse and costs almost half of what GRIFFIN saves. Halving the FF
+in half of the layers saves at most 17% of the bytes that a token reads, and the paper's GRIFFIN
+saves that.
+
+The time depends on sizes alone, so the weights are random unless --model is given: of SmolLM2 135M,
+with --full of Llama 3.2 1B, and on a GPU with --full of the paper's Qwen 2.5 14B. bench.py has
+other shapes, lengths and rows.
+"""
+
+from paper import common  # first: it says how to run this file if it is run from elsewhere
+from paper.lora import LoRAFF
+
+import bench
+
+NEEDS = ()
+QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": [32], "repeats": 3}
+FULL = {"shape": "llama-3.2-1b", "prompt": 128, "generate": [32, 256], "repeats": 5}
+FULL_GPU = {"shape": "qwen2.5-14b", "prompt": 2048, "generate": [256, 2048], "repeats": 3}
+COLUMNS = ("generated", "ms per token", "bound ms", "total s", "ratio to full",
+           "ratio bytes allow", "ratio to uncorrected")
+
+PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
+    {"method": "full", "ms to the next token": 41,
+     "256 generated, s": 10.5, "2048, s": 84.4, "8192, s": 344.9},
+    {"method": "GRIFFIN", "ms to the next token": 34,
+     "256 generated, s": 8.7, "2048, s": 70.3, "8192, s": 287.7},
+    {"method": "GRIFFIN + LoRA", "ms to the next token": 37,
+     "256 generated, s": 9.5, "2048, s": 76.5, "8192, s": 312.5},
+    {"method": "GRIFFIN + Caprese", "ms to the next token": 34,
+     "256 generated, s": 8.7, "2048, s": 70.4, "8192, s": 288.8},
+]}
+
+
+def bench_arguments(args):
+    """bench.py's arguments for the settings of this script."""
+    chosen = {key: getattr(args, key) for key in QUICK}
+    if args.full and args.device.startswith("cuda"):
+        chosen = FULL_GPU
+    flags = ["--prompt", chosen["prompt"], "--generate", *chosen["generate"],
+             "--repeats", chosen["repeats"], "--device", args.device, "--seed", args.seed,
+             "--only", "full", "GRIFFIN", "GRIFFIN + Caprese"]
+    flags += ["--model", args.model] if args.model else ["--shape", chosen["shape"]]
+    for key in ("dtype", "density", "rank"):
+        if getattr(args, key):
+            flags += [f"--{key}", getattr(args, key)]
+    return bench.arguments([str(flag) for flag in flags])
+
+
+def measure(experiment):
+    """The rows of bench.py that the paper has, and LoRA's."""
+    args = bench_arguments(experiment.args)
+    config = bench.read_config(args)
+    rows = bench.variants(args, config)
+    rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"block": LoRAFF}
+    results = bench.measure(bench.make_model(args, config), rows, args)
+    table = []
+    for result in results:
+        row = {"method": result["row"], "model": args.model}
+        table.append(row | {column: result[column] for column in COLUMNS})
+    return table
+
+
+def draw(figure, rows):
+    """The time to the next token, and within each bar the time that its bytes take."""
+    axes = figure.subplots()
+    names = [f"{row['method']}, {row['generated']} generated" for row in rows]
+    axes.barh(names, [row["ms per token"] for row in rows], label="measured")
+    axes.barh(names, [row["bound ms"] for row in rows], height=0.3, color="black",
+              label="its bytes at the memory's speed")
+    axes.invert_yaxis()
+    axes.set_xlabel("ms to the next token")
+
+
+if __name__ == "__main__":
+    common.main("table5_latency")

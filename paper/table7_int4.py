@@ -1,0 +1,32 @@
+"""Table 7: weights of 4 bits in place of sparsity, and the same x L R for the error of rounding.
+
+The paper claims (appendix D) that Caprese is not bound to sparsity: L and R learn the residual of
+an FF whose weights are rounded to 4 bits just as well. Here groups of 64 weights share a scale and
+an offset. That shows the quality of 4 bits and not their speed, for the products run in the model's
+dtype. So small a model as the bundled one loses nothing by 4 bits, and there is nothing to recover.
+"""
+
+from paper import common
+
+import caprese
+from paper.scores import summary
+
+NEEDS = ("problems",)
+
+
+def measure(experiment):
+    """A row for each stage: the parameters that it adds, and its scores on every set."""
+    rows = []
+    for variant in experiment.variants(("int4",)):
+        added = caprese.added_parameters(experiment.prepare(variant))
+        row = {"method": variant.name, "added parameters %": 100 * added}
+        for name, problems in experiment.problem_sets().items():
+            row |= summary(experiment.answers(variant, name, problems), f"{name} ")
+        rows.append(row)
+    return rows
+
+
+draw = common.draw_scores
+
+if __name__ == "__main__":
+    common.main("table7_int4")
