@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import caprese
 import sample
-from distill import format_table
 from model import Config, Transformer, read_json, resolve
 
 PEER = "transformers"  # the row of Hugging Face generate
@@ -181,7 +180,7 @@ def memory_speed(device, size=1 << 29):
 def clock(device):
     """Seconds; on a GPU, once all that was asked of it is done."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -305,7 +304,7 @@ def format_results(results):
     text = ""
     for title, columns in TABLES.items():
         cells = [{name: row[name] for name in ("row", "generated", *columns)} for row in results]
-        text += f"{title}\n{format_table(cells)}\n\n"
+        text += f"{title}\n{sample.format_table(cells)}\n\n"
     return text.rstrip()
 
 

@@ -12,7 +12,8 @@ they are: x in, y out. What a call means is the phase of the model, set by `with
     mixed     teacher-forced: a mask says which tokens are generated; the others select for them
 
 To change the method, change one of: statistic (what makes a neuron worth keeping),
-SparseFF.sparsify (what is dropped), SparseFF.correction (what is put back).
+SparseFF.sparsify (what is dropped), SparseFF.correction (what is put back). For GRIFFIN change
+SparseFF.gather and fused as well, which do the same on the kept neurons alone.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ INT4_GROUP = 64  # weights that share one scale and one offset in 4 bits
 # ---- what the prompt says about the neurons
 
 def statistic(z, counted=None):
-    """GRIFFIN's s of equation (3): z [B, T, F] -> [B, F], over the tokens where counted [B, T].
+    """GRIFFIN's s, over the tokens where counted [B, T] is True: z [B, T, F] -> [B, F].
 
     Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j.
     Squared, s is the sum of the tokens' energies, each weighted by the inverse of its total.
@@ -64,7 +65,7 @@ def quantile(values, q):
 
 
 def threshold(gate, density, counted=None):
-    """CATS' tau of equation (5): gate [B, T, F] -> [B] float32.
+    """The tau of CATS' equation (5): gate [B, T, F] -> [B] float32.
 
     One number per row: the (1 - density) quantile of |gate| over all counted tokens and neurons.
     At density 1 it is 0, so that nothing is dropped.
@@ -104,9 +105,10 @@ class Phase:
 class SparseFF(nn.Module):
     """Stands in for a gated MLP with gate_proj, up_proj, down_proj and act_fn.
 
-    The base weights are the MLP's own Linears, frozen. The module's own parameters are the
-    correction, L [D, r] and R [r, D] in float32. What a decode step reads are buffers that keep
-    their addresses as long as their shapes stay, so that a captured CUDA graph stays valid.
+    The base weights are the MLP's own Linears. The module's own parameters are the correction,
+    L [D, r] and R [r, D] in float32; decoding takes them up at the next select(). What a decode
+    step reads are buffers that keep their addresses as long as their shapes stay, so that a
+    captured CUDA graph stays valid.
     """
     correction_name = "linear"  # in the metadata of an adapter
 
@@ -177,9 +179,9 @@ class SparseFF(nn.Module):
     def prompt_statistic(self, gate, z, counted=None):
         """GRIFFIN's s [B, F] or CATS' tau [B] of the counted tokens; None for the other methods."""
         if self.method == "griffin":
-            return statistic(z, counted)                   # (3)
+            return statistic(z, counted)
         if self.method == "cats":
-            return threshold(gate, self.density, counted)  # (5)
+            return threshold(gate, self.density, counted)
         return None
 
     def count(self, gate, z, counted=None):
@@ -192,7 +194,7 @@ class SparseFF(nn.Module):
 
     def top_neurons(self, s):
         """The top-k neurons of s [B, F] -> [B, k], ascending as in memory."""
-        return s.topk(self.num_kept, dim=-1).indices.sort(dim=-1).values  # (4)
+        return s.topk(self.num_kept, dim=-1).indices.sort(dim=-1).values
 
     def row_selection(self, s):
         """What each row keeps: GRIFFIN's mask, s [B, F] -> bool [B, F]; CATS' tau [B] as it is."""
@@ -205,10 +207,11 @@ class SparseFF(nn.Module):
     def sparsify(self, gate, z, selection):
         """What the method keeps of z [B, T, F]; the rest is zero."""
         if self.method == "griffin":
-            return z * selection[:, None]                                       # (3)(4)
+            return z * selection[:, None]  # (3)
         if self.method == "cats":
-            return z * (gate.abs() >= selection.to(gate.dtype)[:, None, None])  # (5)(6)
-        top = z.detach().abs().topk(self.num_kept, dim=-1).indices              # figure 2's oracle
+            tau = selection.to(gate.dtype)[:, None, None]
+            return z * (gate.abs() >= tau)  # (5)
+        top = z.detach().abs().topk(self.num_kept, dim=-1).indices  # the oracle of figure 2
         return torch.zeros_like(z).scatter(-1, top, z.gather(-1, top))
 
     def quantised(self, x):
@@ -218,13 +221,14 @@ class SparseFF(nn.Module):
 
     def correction(self, x):
         """x L R of equation (7): [B, T, D] -> [B, T, D]."""
-        return x @ self.L.to(x.dtype) @ self.R.to(x.dtype)
+        return x @ self.L.to(x.dtype) @ self.R.to(x.dtype)  # (7)
 
     def sparse(self, x, gate, z, selection):
         """FF_sparse(x) + x L R: [B, T, D] -> [B, T, D]."""
         if self.method == "int4":
             return self.quantised(x) + self.correction(x)
-        return self.down_proj(self.sparsify(gate, z, selection)) + self.correction(x)
+        z = self.sparsify(gate, z, selection)
+        return self.down_proj(z) + self.correction(x)  # (4) or (6), and x L R of (7)
 
     def mixed(self, x, gate, z, generated):
         """FF(x), but sparse() where generated [B, T] is True; the row's other tokens select."""
@@ -242,7 +246,7 @@ class SparseFF(nn.Module):
         if self.method == "int4":
             return self.down_proj(z) - self.quantised(x)
         selection = self.row_selection(self.prompt_statistic(gate, z, ~generated))
-        return self.down_proj(z - self.sparsify(gate, z, selection))
+        return self.down_proj(z - self.sparsify(gate, z, selection))  # (7)
 
     # -- the compact path: GRIFFIN, when all rows keep the same neurons
 
@@ -273,8 +277,8 @@ class SparseFF(nn.Module):
         torch.index_select(self.gate_proj.weight, 0, top, out=gate_k)
         torch.index_select(self.up_proj.weight, 0, top, out=up_k[:k])
         torch.gather(self.down_proj.weight, 1, top.expand(D, -1), out=down_k[:, :k])
-        up_k[k:] = self.L.T
-        down_k[:, k:] = self.R.T
+        up_k[k:] = self.L.T       # [W1_k, L]   (9)
+        down_k[:, k:] = self.R.T  # [W2_k ; R]  (10)
 
     def fused(self, x):
         """FF_sparse(x) + x L R by three small dense products: [B, T, D] -> [B, T, D]."""
@@ -301,15 +305,15 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
     if not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
     if layers is None:
-        layers = range(total // 2 if method == "griffin" else total)
+        layers = range(max(1, total // 2) if method == "griffin" else total)
     known = all(isinstance(i, int) and 0 <= i < total for i in layers)
     if not known or not 0 < len(set(layers)) == len(layers):
         raise ValueError(f"layers are {layers}, but must be different numbers in 0..{total - 1}")
     detach(model)
-    phase = Phase()
+    shared_phase = Phase()
     for i in layers:
         layer = model.model.layers[i]
-        layer.mlp = block(layer.mlp, method, density, rank, phase)
+        layer.mlp = block(layer.mlp, method, density, rank, shared_phase)
     return model
 
 
@@ -331,8 +335,11 @@ def phase(model, name, mask=None):
     """Within this context the model's calls mean `name`: "full", "prompt", "sparse" or "mixed".
 
     mask is bool [B, T]. In a prompt it says which tokens are counted (None: all), in a mixed call
-    which are generated. If activations are recomputed in the backward pass, it must lie within too.
+    which are generated. In training the context must also surround the backward pass, which may
+    recompute activations. Raises ValueError on an unknown name.
     """
+    if name not in ("full", "prompt", "sparse", "mixed"):
+        raise ValueError(f"unknown phase {name!r}")
     layers = sparse_layers(model)
     shared = next(iter(layers.values())).phase if layers else Phase()
     before = shared.name, shared.mask
@@ -387,7 +394,7 @@ def teacher_forced(model, tokens, prompt_lengths):
 
     Positions from prompt_lengths[b] on are generated: they use the sparse FF of their row. The
     positions before use the full FF and select for the row. Raises ValueError where gradients
-    would be recorded on a model that recomputes activations, for its backward pass comes too late.
+    would be recorded on a model that recomputes activations: the phase has ended by then.
     """
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if recomputes and torch.is_grad_enabled():
@@ -449,12 +456,12 @@ def load_adapter(model, file, density=None, block=SparseFF):
     tensors, about = read_adapter(file)
     if about.get("model") != fingerprint(model):
         raise ValueError(f"{file} was made for another model than this one")
-    if about.get("correction", "linear") != block.correction_name:
-        raise ValueError(f"{file} holds a {about['correction']} correction; this reads "
-                         f"{block.correction_name} ones")
+    correction = about.get("correction", "linear")
+    if correction != block.correction_name:
+        raise ValueError(f"{file} holds a {correction} correction, not {block.correction_name}")
     try:
-        attach(model, about.get("method"), density or about.get("density"),
-               about.get("layers") or [], 0, block)
+        density = about.get("density") if density is None else density
+        attach(model, about.get("method"), density, about.get("layers") or [], 0, block)
         for i, ff in sparse_layers(model).items():
             names = {name: f"model.layers.{i}.mlp.{name}" for name in ff.adapter_parameters()}
             ff.set_adapter(**{name: tensors[key] for name, key in names.items()})

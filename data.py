@@ -1,7 +1,7 @@
 """Problems, data sets, prompts, tokenizer, grading: text in, token batches out.
 
-A problem is held out if a hash of its question says so. Training and evaluation can therefore
-never share a problem, whatever their seeds are.
+A generated problem is held out if a hash of its question says so. Training and evaluation can
+therefore never share one, whatever their seeds are.
 """
 
 import json
@@ -159,20 +159,24 @@ class Tokenizer:
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
         if (self.folder / "chat_template.jinja").exists():
             self.template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
-        stop = self._read("generation_config.json").get("eos_token_id")
-        if stop is None:
-            stop = self._read("config.json").get("eos_token_id", [])
-        self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        self.stop_ids = ()
+        for name in ("config.json", "generation_config.json"):  # the latter counts where both say
+            stop = self._read(name).get("eos_token_id")
+            if stop is not None:
+                self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
     def _read(self, name):
         """The object in a JSON file of the folder, {} if there is no such file."""
         file = self.folder / name
         try:
-            return json.loads(file.read_text(encoding="utf-8")) | {}  # TypeError: not an object
+            found = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (ValueError, TypeError) as e:
-            raise ValueError(f"{file} is not a JSON object: {e}") from None
+        except ValueError as e:
+            raise ValueError(f"{file} is not valid JSON: {e}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{file} is not a JSON object")
+        return found
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
@@ -465,10 +469,10 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
                   parse=problem_from_row):
     """The problems of a file that read_rows can read, the first `count` at most.
 
-    Each must have a response to learn from. evaluation: each must have an answer, and there are no
-    responses. boxed: the question asks for the answer in a box, as an official model needs it.
-    parse: what a row is (see problem_from_row). skip_bad names bad rows on stderr and leaves them
-    out. Raises OSError, or ValueError in one line that names the file and the row.
+    Each must have a response to learn from; with evaluation, an answer instead. boxed: the question
+    asks for the answer in a box, as an official model needs it. parse: what a row is. skip_bad
+    names bad rows on stderr and leaves them out. Raises OSError, or ValueError in one line that
+    names the file and the row.
     """
     found = []
     for number, row in read_rows(file):
@@ -478,6 +482,7 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
             if isinstance(row, ValueError):
                 raise row
             problem = parse(row)
+            (problem.question + problem.response).encode()  # ValueError for half a surrogate pair
             if not (problem.answer if evaluation else problem.response).strip():
                 raise ValueError("no answer" if evaluation else "no response")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -486,8 +491,6 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
                 raise ValueError(message) from None
             print("left out:", message, file=sys.stderr)
             continue
-        if evaluation:
-            problem.response = ""
         if boxed and problem.kind in BOXED:
             problem.question += "\n" + BOXED[problem.kind]
         found.append(problem)

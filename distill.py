@@ -1,7 +1,8 @@
 """Learn L and R: python distill.py
 
-Layer-wise first (each FF block by itself, equation (7)), then end-to-end (all blocks together,
-equation (8)). The base weights stay frozen. Without arguments: the bundled model, and a table.
+Layer-wise first, equation (7): in closed form, each FF block on the inputs that the fits before it
+make. Then end-to-end, equation (8): all blocks together. The base weights stay frozen. Without
+arguments: the bundled model, and a table.
 On several devices: torchrun --nproc_per_node=N distill.py ...; with --fsdp where one device cannot
 hold the base weights.
 """
@@ -57,7 +58,10 @@ def all_reduce(*tensors):
 
 
 def micro_batches(samples, indices, args, device):
-    """This process's part of a batch of sample indices, as Batches; equally many on every rank."""
+    """This process's part of a batch of sample indices, as Batches; equally many on every rank.
+
+    A rank without samples of its own gets one whose response does not count.
+    """
     rank, world_size = process_group()
     size = args.micro_batch * world_size
     for start in range(0, len(indices), size):
@@ -102,10 +106,10 @@ def shard(model, device):
 class Progress:
     """Where the work stands: the stage, its step, the stage's tensors and the table so far.
 
-    It is written to `file` every `every` steps, after a stage and when the process is told to stop.
-    A resumed run continues from there, on a CPU to the same bits; its settings must be the same.
-    Without a file nothing is written. Raises ValueError or FileNotFoundError for a state that does
-    not fit.
+    It is written to `file` at the start of a stage, every `every` steps, at its end and when the
+    process is told to stop. A resumed run continues from there, on a CPU to the same bits; its
+    settings must be the same. Without a file nothing is written. Raises ValueError or
+    FileNotFoundError for a state that does not fit.
     """
 
     def __init__(self, file=None, every=100, settings=None, resume=False):
@@ -115,7 +119,7 @@ class Progress:
         if resume:
             self.load()
         elif file and os.path.exists(file):
-            raise ValueError(f"{file} is left of an interrupted run; add --resume, or delete it")
+            raise ValueError(f"{file} is what an interrupted run left; add --resume, or delete it")
 
     def load(self):
         """Take the saved state; ValueError if it is of a run with other settings."""
@@ -129,58 +133,49 @@ class Progress:
         self.stage, self.step = about["stage"], about["step"]
         self.seconds, self.rows = about["seconds"], about["rows"]
 
-    def catch_signals(self):
-        """SIGTERM and Ctrl-C end the run after the step at hand; a second one ends it at once."""
-        def request_stop(number, frame):
-            self.stop_requested = True
+    def request_stop(self, number, frame):
+        """Handle SIGTERM and Ctrl-C within a stage; a second signal ends the run at once."""
+        self.stop_requested = True
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.default_int_handler)
 
-        signal.signal(signal.SIGTERM, request_stop)
-        signal.signal(signal.SIGINT, request_stop)
-
-    def stop_agreed(self, device):
-        """Has any process been told to stop? All processes get the same answer."""
+    def end_if_told(self, device):
+        """KeyboardInterrupt, in all processes, if one of them has been told to stop."""
         flag = torch.tensor(float(self.stop_requested), device=device)
         all_reduce(flag)
-        return bool(flag)
-
-    def interrupt(self):
-        """End the run with what was saved last."""
-        raise KeyboardInterrupt(f"the state is in {self.file}, --resume continues")
+        if flag:
+            raise KeyboardInterrupt(f"the state is in {self.file}, --resume continues")
 
     @torch.no_grad()
-    def steps(self, stage, total, tensors, sums=False, every=None):
+    def steps(self, stage, total, tensors, every=None):
         """Yield the remaining steps of a stage, once a saved state of it is back in `tensors`.
 
-        tensors {name: tensor} are what the caller updates in place. sums says that each process
-        holds an addend of them. every overrides the number of steps between two checkpoints.
+        tensors {name: tensor} are what the caller updates in place. every overrides the number of
+        steps between two checkpoints. The caller's grad mode holds between the steps.
         """
         resumed = self.stage == stage
-        self.first = self.step if resumed else 0
         start = time.perf_counter() - (self.seconds if resumed else 0.0)
-        if resumed:
-            for name, tensor in tensors.items():
-                tensor.copy_(self.tensors[name])
-            keep_on_rank_0(tensors, sums)
-            torch.set_rng_state(self.tensors["rng"])
+        self.first = self.step if resumed else 0
+        for name in tensors if resumed else ():
+            tensors[name].copy_(self.tensors[name])
         self.stage, self.step, self.tensors = stage, self.first, {}
-        if self.file and not resumed:  # so that there is a state whenever the run is interrupted
-            self.save(tensors)
+        handlers = {}
+        if self.file:
+            self.save(tensors)  # from here on a state exists
+            for number in (signal.SIGTERM, signal.SIGINT):
+                handlers[number] = signal.signal(number, self.request_stop)
         self.bar = tqdm(range(self.first, total), stage, total, initial=self.first, disable=None)
-        for step in self.bar:
-            yield step
-            self.step, self.seconds = step + 1, time.perf_counter() - start
-            stop = self.stop_agreed(next(iter(tensors.values())).device)
-            due = self.step % (every or self.every) == 0 or self.step == total
-            if self.file and (stop or due):
-                if sums:
-                    all_reduce(*tensors.values())
-                self.save(tensors)
-                keep_on_rank_0(tensors, sums)
-            if stop:
-                self.interrupt()
-        if sums:
-            all_reduce(*tensors.values())
+        try:
+            for step in self.bar:
+                yield step
+                self.step, self.seconds = step + 1, time.perf_counter() - start
+                due = self.step % (every or self.every) == 0 or self.step == total
+                if self.file and (due or self.stop_requested):
+                    self.save(tensors)
+                self.end_if_told(next(iter(tensors.values())).device)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def save(self, tensors):
         """Write the state. ValueError, and the last good one is kept, if a value is not finite."""
@@ -190,14 +185,15 @@ class Progress:
             about = {"stage": self.stage, "step": self.step, "seconds": self.seconds,
                      "rows": self.rows, "settings": self.settings}
             on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            caprese.save_tensors(on_host | {"rng": torch.get_rng_state()}, self.file, about)
+            caprese.save_tensors(on_host, self.file, about)
 
 
-def keep_on_rank_0(tensors, sums):
-    """If these are sums that every process has in full, set them to zero on the other ranks."""
-    if sums and process_group()[0] > 0:
-        for tensor in tensors.values():
-            tensor.zero_()
+def correction_parameters(model):
+    """{"layer.name": parameter} of the whole correction."""
+    found = {}
+    for i, ff in caprese.sparse_layers(model).items():
+        found |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
+    return found
 
 
 # ---- layer-wise, streaming: inputs from the full model, one pass for all blocks
@@ -260,35 +256,47 @@ def closed_form(A, C, rank, eps=1e-6):
     return B @ V, V.T
 
 
+def fit(ff, A, C, rank):
+    """Set L and R of a sparse layer to the minimiser of (7), in place."""
+    all_reduce(A, C)
+    L, R = closed_form(A, C, rank)
+    ff.L.copy_(L)
+    ff.R.copy_(R)
+
+
+@torch.no_grad()
 def layerwise_closed(model, samples, args, progress):
     """Give every sparse layer the optimum of (7), in one pass of the full model."""
-    layers = caprese.sparse_layers(model)
-    moments = {ff: new_moments(model) for ff in layers.values()}
-    named = {}
-    for i, ff in layers.items():
-        named[f"{i}.A"], named[f"{i}.C"] = moments[ff]
+    moments = {ff: new_moments(model) for ff in caprese.sparse_layers(model).values()}
 
     def consume(ff, x, residual, output):
-        add_moments(*moments[ff], x, residual)
+        add_moments(*moments[ff], x, residual)  # e of (7) is the residual
 
     batches = data.batch_indices(samples, args.micro_batch * process_group()[1])
-    for step in progress.steps("layer-wise", len(batches), named, sums=True):
-        for batch in micro_batches(samples, batches[step], args, model.device):
-            stream_residuals(model, batch, consume)
-    for ff in layers.values():
-        ff.set_adapter(*closed_form(*moments[ff], args.rank))
+    for _ in progress.steps("layer-wise", 1, correction_parameters(model)):
+        for indices in tqdm(batches, "closed form", leave=False, disable=None):
+            progress.end_if_told(model.device)
+            for batch in micro_batches(samples, indices, args, model.device):
+                stream_residuals(model, batch, consume)
+        for ff, (A, C) in moments.items():
+            fit(ff, A, C, args.rank)
 
 
-def layerwise_loss(model, batch, tokens):
+def squared_error(ff, x, residual):
+    """Sum over the tokens x [N, D] of |FF(x) - FF_sparse(x) - x L R|^2, as in equation (7)."""
+    return (residual - ff.correction(x)).float().square().sum()  # (7)
+
+
+def layerwise_backward(model, batch, num_tokens):
     """Equation (7), summed over the layers, which share no parameter. Runs backward.
 
-    Returns this batch's part of the mean over `tokens` response tokens.
+    Returns this batch's part of the mean over num_tokens response tokens.
     """
     losses = []
 
     def consume(ff, x, residual, output):
         with torch.enable_grad():
-            loss = (residual - ff.correction(x)).float().square().sum() / tokens  # (7)
+            loss = squared_error(ff, x, residual) / num_tokens
             loss.backward()
         losses.append(loss.item())
 
@@ -302,8 +310,8 @@ def unexplained(model, samples, args):
     energies = {ff: torch.zeros(2, dtype=torch.float64) for ff in layers.values()}
 
     def consume(ff, x, residual, output):
-        remaining = (residual - ff.correction(x)).float().square().sum()
-        energies[ff] += torch.stack([remaining, residual.float().square().sum()]).cpu()
+        energy = residual.float().square().sum()
+        energies[ff] += torch.stack([squared_error(ff, x, residual), energy]).detach().cpu()
 
     if layers:
         for batch in data.batches(samples, args.micro_batch, model.device):
@@ -321,19 +329,16 @@ def layerwise_sequential(model, samples, args, progress):
     before it could not. Between two blocks the states of both models wait on the host. Where the
     samples have more than MAX_WAITING_TOKENS tokens, every n-th of them is used.
     """
-    layers, device = caprese.sparse_layers(model), model.device
-    samples = samples[::waiting_stride(samples)]
-    learned = {}
-    for i, ff in layers.items():
-        ff.set_adapter(*(torch.zeros_like(p) for p in (ff.L, ff.R)))
-        learned |= {f"{i}.L": ff.L, f"{i}.R": ff.R}
-    batches = []
+    layers = caprese.sparse_layers(model)
+    for ff in layers.values():
+        ff.R.zero_()  # what is not fitted yet corrects nothing
+    samples, batches = samples_that_fit(samples), []
     for indices in data.batch_indices(samples, args.micro_batch * process_group()[1]):
-        batches += micro_batches(samples, indices, args, device)
+        batches += micro_batches(samples, indices, args, model.device)
     full = [model.model.embed(batch.tokens).cpu() for batch in batches]  # [B, T, D] each
     sparse = list(full)
     last = max(layers)
-    for i in progress.steps("layer-wise", last + 1, learned, every=1):
+    for i in progress.steps("layer-wise", last + 1, correction_parameters(model), every=1):
         if i == progress.first:  # a resumed run passes the blocks that were fitted before
             for j in range(i):
                 advance_states(model, j, batches, full, "full", progress)
@@ -346,17 +351,16 @@ def layerwise_sequential(model, samples, args, progress):
             advance_states(model, i, batches, sparse, "mixed", progress)
 
 
-def waiting_stride(samples):
-    """Every how manieth sample is used, so that at most MAX_WAITING_TOKENS tokens wait."""
+def samples_that_fit(samples):
+    """Every n-th sample, so that at most MAX_WAITING_TOKENS tokens wait."""
     tokens = sum(len(prompt) + len(response) for prompt, response in samples)
-    return -(-tokens // MAX_WAITING_TOKENS)
+    return samples[::math.ceil(tokens / MAX_WAITING_TOKENS)]
 
 
 def advance_states(model, i, batches, states, phase, progress):
     """Take the waiting states, a list of [B, T, D], through layer i in place."""
     for j, batch in enumerate(batches):
-        if progress.stop_agreed(model.device):
-            progress.interrupt()
+        progress.end_if_told(model.device)
         states[j] = run_layer(model, i, batch, states[j].to(model.device), phase).cpu()
 
 
@@ -366,7 +370,9 @@ def fit_block(model, i, batches, full, sparse, args, progress):
     That is the difference of the blocks' outputs, or of the FFs' outputs where a norm stands
     between (Gemma 2).
     """
-    ff, (A, C), calls = model.model.layers[i].mlp, new_moments(model), []
+    ff = model.model.layers[i].mlp
+    A, C = new_moments(model)
+    calls = []
 
     def hook(ff, inputs, output):
         calls.append((inputs[0], output))
@@ -374,8 +380,7 @@ def fit_block(model, i, batches, full, sparse, args, progress):
     handle = ff.register_forward_hook(hook)
     try:
         for j, batch in enumerate(batches):
-            if progress.stop_agreed(model.device):
-                progress.interrupt()
+            progress.end_if_told(model.device)
             full_output = run_layer(model, i, batch, full[j].to(model.device))
             sparse_output = run_layer(model, i, batch, sparse[j].to(model.device), "mixed")
             (_, ff_full), (x, ff_sparse) = calls
@@ -385,30 +390,28 @@ def fit_block(model, i, batches, full, sparse, args, progress):
             full[j] = full_output.cpu()
     finally:
         handle.remove()
-    all_reduce(A, C)
-    L, R = closed_form(A, C, args.rank)
-    ff.L.copy_(L)
-    ff.R.copy_(R)
+    fit(ff, A, C, args.rank)
 
 
 # ---- end-to-end
 
-def e2e_loss(model, batch, tokens, loss="mse"):
+def e2e_backward(model, batch, num_tokens, loss="mse"):
     """Equation (8): the MSE between the final embeddings of the full and of the sparse model.
 
     Or, ours, the KL divergence of their next-token distributions, in nats. Runs backward. Returns
-    this batch's part of the mean over `tokens` response tokens.
+    this batch's part of the mean over num_tokens response tokens.
     """
     with torch.no_grad():
         teacher = model.model(batch.tokens)[batch.response]  # [N, D]; the weights are the same
     with caprese.phase(model, "mixed", batch.generated):  # around backward, which may recompute
         student = model.model(batch.tokens)[batch.response]
         if loss == "mse":
-            total = (student - teacher).float().square().mean(-1).sum() / tokens  # (8)
+            total = (student - teacher).float().square().mean(-1).sum() / num_tokens  # (8)
         else:
             total = 0.0
             for s, t in zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK)):
-                total = total + checkpoint(kl_divergence, model, s, t, use_reentrant=False) / tokens
+                kl = checkpoint(kl_divergence, model, s, t, use_reentrant=False)
+                total = total + kl / num_tokens
         total.backward()
     return total.item()
 
@@ -428,9 +431,8 @@ def kl_to_full(model, samples, micro_batch=4):
     nats; agreement, the fraction of equal top tokens; perplexity, of the sparse model.
     """
     sums, count = torch.zeros(3, dtype=torch.float64), 0
-    bar = tqdm(data.batches(samples, micro_batch, model.device), desc="KL", leave=False,
-               total=-(-len(samples) // micro_batch), disable=None)
-    for batch in bar:
+    for indices in tqdm(data.batch_indices(samples, micro_batch), "KL", leave=False, disable=None):
+        batch = data.collate(samples, indices, model.device)
         followed = batch.response[:, :-1] & batch.response[:, 1:]
         targets = batch.tokens[:, 1:][followed]
         full = model.model(batch.tokens)[:, :-1][followed]  # [N, D]
@@ -445,39 +447,34 @@ def kl_to_full(model, samples, micro_batch=4):
             nll = F.nll_loss(sparse_log, target, reduction="sum")
             sums += torch.stack([kl, agreed, nll]).double().cpu()
         count += len(targets)
-        bar.set_postfix(kl=f"{sums[0] / max(1, count):.3f}")
-    kl, agreement, nll = (sums / max(1, count)).tolist()
+    kl, agreement, nll = (sums / count).tolist()
     return {"kl": kl, "agreement": agreement, "perplexity": math.exp(nll)}
 
 
 # ---- Adam, and the two stages
 
-def train(model, samples, loss_and_backward, args, stage, progress, lr, epochs, batch_size):
+def train(model, samples, backward, args, stage, progress, lr, epochs, batch_size):
     """Adam on the correction with a linear schedule and 2% warm-up, as in the paper."""
-    learned = {}
-    for i, ff in caprese.sparse_layers(model).items():
-        learned |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
+    learned = correction_parameters(model)
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
     state = dict(learned)
     for name, p in learned.items():  # made now, so that a resumed run can fill it
         optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
                               "exp_avg_sq": torch.zeros_like(p)}
         state |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
-    steps_per_epoch = -(-len(samples) // batch_size)
-    total = epochs * steps_per_epoch
+    schedule = []
+    for epoch in range(epochs):
+        schedule += data.batch_indices(samples, batch_size, seed=args.seed + epoch)
+    total = len(schedule)
     warm_up = max(1, round(0.02 * total))
     for step in progress.steps(stage, total, state):
-        epoch, position = divmod(step, steps_per_epoch)
-        if position == 0 or step == progress.first:
-            batches = data.batch_indices(samples, batch_size, seed=args.seed + epoch)
-        indices = batches[position]
-        tokens = sum(len(samples[i][1]) for i in indices)
+        num_tokens = sum(len(samples[i][1]) for i in schedule[step])
         decay = (total - step) / (total - warm_up + 1)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up, decay)
         optimizer.zero_grad()
         loss = torch.zeros((), device=model.device)
-        for batch in micro_batches(samples, indices, args, model.device):
-            loss += loss_and_backward(model, batch, tokens)
+        for batch in micro_batches(samples, schedule[step], args, model.device):
+            loss += backward(model, batch, num_tokens)
         all_reduce(loss, *(p.grad for p in learned.values()))
         if not loss.isfinite():
             raise ValueError(f"{stage} diverged at step {step}; lower the learning rate")
@@ -493,14 +490,15 @@ def layerwise(model, samples, args, progress=None):
     elif args.layerwise == "closed":
         layerwise_closed(model, samples, args, progress)
     else:
-        train(model, samples, layerwise_loss, args, "layer-wise", progress, **ADAM)
+        train(model, samples, layerwise_backward, args, "layer-wise", progress, **ADAM)
 
 
 def end_to_end(model, samples, args, progress=None):
     """The end-to-end stage, (8)."""
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    train(model, samples, partial(e2e_loss, loss=args.loss), args, "E2E", progress or Progress(),
-          args.e2e_lr, args.e2e_epochs, args.e2e_batch_size)
+    backward = partial(e2e_backward, loss=args.loss)
+    train(model, samples, backward, args, "E2E", progress or Progress(), args.e2e_lr,
+          args.e2e_epochs, args.e2e_batch_size)
     model.model.gradient_checkpointing = False
 
 
@@ -522,28 +520,21 @@ def read_samples(file, count, args, tokenizer):
     return data.encode_samples(problems, tokenizer, args.max_tokens)
 
 
-def evaluation(args, tokenizer):
-    """measure(model) -> columns of the table: on --eval-data the KL to the full model, else the
-    accuracy of the bundled model on held-out problems."""
-    count = args.eval_samples
-    unseen = {Path(file).stem: read_samples(file, count, args, tokenizer)
-              for file in args.eval_data}
-    maths = data.problems("maths", count, EVALUATION_SEED, evaluation=True)
-    reading = data.problems("reading", -(-count // 2), EVALUATION_SEED, True, distinct=True)
-
-    def measure(model):
-        row = {}
-        for name, samples in unseen.items():
-            kl = kl_to_full(model, samples)
-            row |= {f"{name} {key}": value for key, value in kl.items()}
-        if not args.model:
-            accuracy, tokens = sample.evaluate(model, tokenizer, maths, max_new_tokens=128)
-            row |= {"math_accuracy": accuracy, "mean_response_tokens": tokens}
-            accuracy, _ = sample.evaluate(model, tokenizer, reading, max_new_tokens=128)
-            row["reading_accuracy"] = accuracy
-        return row
-
-    return measure
+def measure(model, tokenizer, unseen, args):
+    """Columns of the table: the bundled model's accuracy on held-out problems, and the KL to the
+    full model on each of the unseen sets {name: samples}."""
+    row, count = {}, args.eval_samples
+    if not args.model:
+        maths = data.problems("maths", count, EVALUATION_SEED, evaluation=True)
+        reading = data.problems("reading", math.ceil(count / 2), EVALUATION_SEED, evaluation=True,
+                                distinct=True)
+        row["math_accuracy"], row["mean_response_tokens"] = sample.evaluate(
+            model, tokenizer, maths, max_new_tokens=128)
+        row["reading_accuracy"], _ = sample.evaluate(model, tokenizer, reading, max_new_tokens=128)
+    for name, samples in unseen.items():
+        for key, value in kl_to_full(model, samples, args.micro_batch).items():
+            row[f"{name} {key}"] = value
+    return row
 
 
 def recovered(rows):
@@ -556,22 +547,6 @@ def recovered(rows):
         return None
     full, sparse, current = (row[keys[0]] for row in (rows[0], rows[1], rows[-1]))
     return None if full == sparse else (current - sparse) / (full - sparse)
-
-
-def format_table(rows):
-    """Dictionaries of equal keys as aligned text."""
-    lines = [list(rows[0])]
-    for row in rows:
-        cells = []
-        for value in row.values():
-            text = f"{value:.3f}" if isinstance(value, float) else str(value)
-            cells.append("-" if value is None else text)
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        line[1:] = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
-        line[0] = line[0].ljust(widths[0])
-    return "\n".join("  ".join(line) for line in lines)
 
 
 def layer_indices(text):
@@ -601,7 +576,8 @@ def arguments(argv=None):
         help="all, or indices as 0,1,2 (default: for griffin the first half, else all)")
     add("--rank", type=sample.positive, help="r " + default("rank"))
     add("--layerwise", choices=("sequential", "closed", "adam", "none"),
-        help="(7) block by block, in closed form, by Adam, or not " + default("layerwise"))
+        help="(7) in closed form on the inputs that earlier fits make, or on the full model's; by "
+        "the paper's Adam; or not " + default("layerwise"))
     add("--loss", choices=("mse", "kl"),
         help="end-to-end: on the final embedding, or on the logits " + default("loss"))
     add("--e2e-lr", type=float, help=default("e2e_lr"))
@@ -647,14 +623,19 @@ def check_arguments(args):
         raise ValueError("--fsdp needs torchrun --nproc_per_node=N distill.py --fsdp ...")
     if bool(args.model) != bool(args.data):
         raise ValueError("--model and --data go together: a model and the samples that teach it")
+    if args.e2e_epochs < 0 or args.layerwise == "none" and args.e2e_epochs == 0:
+        raise ValueError("nothing is learned: give --layerwise or --e2e-epochs above 0")
+    names = [Path(file).stem for file in args.eval_data]
+    if len(set(names)) < len(names):
+        raise ValueError("two --eval-data files have one name, as columns; rename one")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"the folder of --out {args.out} does not exist")
 
 
 def settings(args):
     """What a resumed run must have in common with the interrupted one."""
-    free = ("device", "json", "resume", "save_every", "fsdp", "gradient_checkpointing")
-    return {key: value for key, value in vars(args).items() if key not in free}
+    may_differ = ("device", "json", "resume", "save_every", "fsdp", "gradient_checkpointing")
+    return {key: value for key, value in vars(args).items() if key not in may_differ}
 
 
 def describe(args, model, samples, where):
@@ -663,8 +644,9 @@ def describe(args, model, samples, where):
     text = (f"Distilling {args.method}, {kept}, x L R of rank {args.rank}, into "
             f"{args.model or 'the bundled model'} on {where}.\n{len(samples)} samples, layer-wise "
             f"{args.layerwise}, end-to-end {args.e2e_epochs} epochs by {args.loss}.")
-    if args.layerwise == "sequential" and waiting_stride(samples) > 1:
-        text += f" Layer-wise takes every {waiting_stride(samples)}th sample, for memory."
+    fitting = len(samples_that_fit(samples))
+    if args.layerwise == "sequential" and fitting < len(samples):
+        text += f" Layer-wise takes {fitting} of them, for memory."
     if args.paper:
         ours = [f"{key} {getattr(args, key)}" for key in PAPER if getattr(args, key) != PAPER[key]]
         if model.dtype != torch.bfloat16:
@@ -686,9 +668,10 @@ def distill(args):
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
     progress = Progress(f"{args.out}.state", args.save_every, settings(args), args.resume)
-    progress.catch_signals()
     tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
-    samples, measure = training_samples(args, tokenizer), evaluation(args, tokenizer)
+    samples, unseen = training_samples(args, tokenizer), {}
+    for file in args.eval_data:
+        unseen[Path(file).stem] = read_samples(file, args.eval_samples, args, tokenizer)
     model, _ = sample.load(args, "cpu" if args.fsdp else args.device)
     where = f"{process_group()[1]} x {args.device}"
     if args.fsdp:
@@ -699,33 +682,29 @@ def distill(args):
     rows = progress.rows
 
     def record(method, seconds=0.0):
-        explained = unexplained(model, samples[:UNEXPLAINED_SAMPLES], args).values()
+        fractions = unexplained(model, samples[:UNEXPLAINED_SAMPLES], args).values()
         added = 100 * caprese.added_parameters(model) if len(rows) > 1 else 0.0
-        rows.append({"method": method, **measure(model), "recovered": None,
-                     "unexplained": sum(explained) / max(1, len(explained)), "seconds": seconds,
-                     "added_parameters_percent": added})
+        rows.append({"method": method, **measure(model, tokenizer, unseen, args),
+                     "recovered": None, "unexplained": sum(fractions) / max(1, len(fractions)),
+                     "seconds": seconds, "added_parameters_percent": added})
         rows[-1]["recovered"] = recovered(rows)
 
     if not rows:
         caprese.detach(model)
         record("full")
         caprese.attach(model, args.method, args.density, layers, args.rank)
-    if len(rows) == 1:
         record(args.method)
-    if progress.stage == "E2E":  # the result of the layer-wise stage is in the checkpoint
-        for i, ff in caprese.sparse_layers(model).items():
-            ff.set_adapter(progress.tensors[f"{i}.L"], progress.tensors[f"{i}.R"])
-    elif args.layerwise != "none":
+    if progress.stage != "E2E" and args.layerwise != "none":
         layerwise(model, samples, args, progress)
-        if len(rows) == 2:
-            record("+ layer-wise", progress.seconds)
+        record("+ layer-wise", progress.seconds)
     if args.e2e_epochs:
         end_to_end(model, samples, args, progress)
         record("+ E2E", progress.seconds)
     if process_group()[0] == 0:
         caprese.save_adapter(model, args.out)
         Path(progress.file).unlink(missing_ok=True)
-    print(f"\n{format_table(rows)}\n\nwrote {args.out}; try: {sample_command(args)}", file=out)
+    print(f"\n{sample.format_table(rows)}\n\nwrote {args.out}; try: {sample_command(args)}",
+          file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))
 

@@ -6,7 +6,6 @@ Module names are the official ones, so loading is a strict comparison of names a
 The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config and nowhere else.
 """
 
-import itertools
 import json
 import math
 import re
@@ -170,6 +169,8 @@ def layer_windows(raw, model_type):
     switched_on = raw.get("use_sliding_window")  # Qwen configs carry a window even where it is off
     if model_type == "llama" or model_type.startswith("qwen") and not switched_on:
         window = None
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window is {window!r}, but must be a positive whole number")
     types = raw.get("layer_types")
     if types:
         if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
@@ -532,7 +533,7 @@ class Step:
         device = cache.lengths.device
         self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
         self.graphs = {}    # number of keys: (graph, its logits)
-        self.captured = []  # the model's tensors, as the graphs read them
+        self.identity = []  # addresses and shapes of what the graphs read
 
     def __call__(self, tokens):
         self.tokens[:, 0] = tokens
@@ -547,13 +548,17 @@ class Step:
         return logits
 
     def check_graphs(self):
-        """Drop the graphs if a tensor that they read is no longer the model's. To be called
-        whenever the model may have other tensors than before."""
-        tensors = list(itertools.chain(self.model.parameters(), self.model.buffers()))
-        now = [(t.data_ptr(), t.shape) for t in tensors]
-        if now != [(t.data_ptr(), t.shape) for t in self.captured]:
-            self.graphs = {}
-            self.captured = [t.detach() for t in tensors]  # held, so that no address is used again
+        """Drop the graphs if the model has other tensors or modules than they were captured with.
+
+        To be called whenever that may have changed.
+        """
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        modules = list(self.model.modules())
+        now = [(t.data_ptr(), t.shape) for t in tensors] + [id(module) for module in modules]
+        if now != self.identity:
+            self.graphs, self.identity = {}, now
+            # Both are held, so that no address is used again.
+            self.captured, self.modules = [t.detach() for t in tensors], modules
 
     def reorder(self, rows):
         """A Step that continues with these rows [n] int64; a row may occur several times."""
@@ -562,17 +567,17 @@ class Step:
         return Step(self.model, self.cache)
 
     def num_keys(self):
-        """How many positions to read: the next multiple of 256, or of about an eighth of them."""
+        """How many positions to read: the next multiple of 256, or later of an eighth of them."""
         end = self.cache.max_length + 1
         unit = max(256, (1 << end.bit_length()) // 16)
         return min(-(-end // unit) * unit, self.cache.capacity)
 
     @torch.no_grad()
     def run(self, num_keys=None):
-        """The step itself. With num_keys, shapes and addresses depend on nothing else."""
+        """The step itself. With num_keys it reads so many positions, whatever the rows hold."""
         onednn = torch.backends.mkldnn.enabled
         self.cache.num_keys = num_keys
-        if len(self.tokens) == 1:  # on a CPU, one row in bfloat16: torch's own product is faster
+        if len(self.tokens) == 1:  # for one row in bfloat16 torch's own CPU product is faster
             torch.backends.mkldnn.enabled = False
         try:
             hidden_states = self.model.model(self.tokens, self.cache)
@@ -683,5 +688,5 @@ def read_shard(file, shapes, device, dtype):
             if part.get_dtype() not in ("F32", "BF16", "F16"):
                 raise ValueError(f"{file}: {name} holds {part.get_dtype()}, not floats")
             tensor = shard.get_tensor(name)
-        state[name] = tensor.to(device).to(dtype)  # the smaller dtype crosses to the device
+        state[name] = tensor.to(device).to(dtype)  # the device casts faster
     return state

@@ -50,11 +50,15 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     A row that has met one repeats stop_ids[0] until the others have. tokens are [B, S] int64;
     prompts of different lengths are padded on the right, and prompt_lengths [B] are given.
     samples continues each prompt that often. reselect is rho: after every rho tokens the full model
-    runs over them again and the neurons are selected anew (section 4.1.1). Raises ValueError on
-    settings out of range and on a prompt that fills the context.
+    runs over them again, which rewrites their cache entries, and GRIFFIN selects its neurons anew
+    (section 4.1.1). One stream of a model at a time: the next one takes over cache and selection.
+    Raises ValueError on settings out of range and on a prompt that fills the context.
     """
     limit = model.config.max_position_embeddings
-    check_decoding(tokens.shape[1], limit, max_new_tokens, temperature, top_p, reselect, samples)
+    if not 0 < tokens.shape[1] < limit:
+        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, but the model's context holds "
+                         f"1 to {limit - 1} before an answer")
+    check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     max_new_tokens = min(max_new_tokens, limit - tokens.shape[1])
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
@@ -84,16 +88,14 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
                 logits = step(token[active])
 
 
-def check_decoding(prompt_length, limit, max_new_tokens, temperature, top_p, reselect, samples):
-    """ValueError, in one line, for settings that stream cannot serve."""
-    if prompt_length >= limit:
-        raise ValueError(f"the prompt has {prompt_length} tokens, but the model's context ends at "
-                         f"{limit}; shorten it")
+def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1):
+    """ValueError, in one line, for settings out of range."""
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1]")
-    if min(max_new_tokens, samples, reselect or 1) < 1 or reselect == 0:
-        raise ValueError(f"max_new_tokens {max_new_tokens}, samples {samples} and reselect "
-                         f"{reselect} must be at least 1")
+    for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples),
+                        ("reselect", reselect)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
 
 
 def prefill(model, tokens, max_new_tokens, prompt_lengths=None, samples=1):
@@ -236,6 +238,22 @@ def load(args, onto=None):
     return model, data.Tokenizer(folder)
 
 
+def format_table(rows):
+    """Dictionaries of equal keys as aligned text."""
+    lines = [list(rows[0])]
+    for row in rows:
+        cells = []
+        for value in row.values():
+            text = f"{value:.3f}" if isinstance(value, float) else str(value)
+            cells.append("-" if value is None else text)
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
+        line[1:] = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+        line[0] = line[0].ljust(widths[0])
+    return "\n".join("  ".join(line) for line in lines)
+
+
 def run_command(main):
     """Call main(). Bad input ends in one line on stderr and exit code 2, an interrupt in 130."""
     try:
@@ -263,36 +281,30 @@ def describe(model):
 
 
 def answer(model, tokenizer, question, args, out):
-    """Stream one answer to `out`; returns it, its tokens and tokens per second after the first."""
+    """Stream one answer to `out`, or print args.n samples when they are done; a row for --json.
+
+    tokens_per_second is of all samples together, after the first token of each.
+    """
     from tokenizers.decoders import DecodeStream
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
-    decoder, ids, times = DecodeStream(skip_special_tokens=True), [], []
+    decoder, steps, times = DecodeStream(skip_special_tokens=True), [], []
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    for token in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p,
-                        args.reselect, tokenizer.stop_ids, generator=generator):
-        ids.append(token.item())
+    for tokens in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p,
+                         args.reselect, tokenizer.stop_ids, samples=args.n, generator=generator):
+        steps.append(tokens.tolist())
         times.append(time.perf_counter())
-        print(decoder.step(tokenizer.tokenizer, ids[-1]) or "", end="", file=out, flush=True)
-    print(file=out)
-    rate = (len(ids) - 1) / (times[-1] - times[0]) if len(ids) > 1 else 0.0
-    return {"response": tokenizer.decode(ids), "tokens": len(ids),
-            "tokens_per_second": round(rate, 1)}
-
-
-def answer_samples(model, tokenizer, question, args, out):
-    """args.n samples of one prompt, side by side; tokens per second of all together."""
-    prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    start, samples = time.perf_counter(), []
-    new = generate(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
-                   tokenizer.stop_ids, samples=args.n, generator=generator)
-    seconds = time.perf_counter() - start
-    for number, ids in enumerate(new.tolist(), 1):
-        ids = data.until_stop(ids, tokenizer.stop_ids)
+        if args.n == 1:
+            text = decoder.step(tokenizer.tokenizer, steps[-1][0]) or ""
+            print(text, end="", file=out, flush=True)
+    samples = []
+    for number, ids in enumerate(zip(*steps), 1):
+        ids = data.until_stop(list(ids), tokenizer.stop_ids)
         samples.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
-        print(f"[{number}] {samples[-1]['response']}", file=out)
+        print(f"[{number}] {samples[-1]['response']}" if args.n > 1 else "", file=out)
     tokens = sum(sample["tokens"] for sample in samples)
-    return {"samples": samples, "tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    rate = (tokens - args.n) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    row = samples[0] if args.n == 1 else {"samples": samples, "tokens": tokens}
+    return row | {"tokens_per_second": round(rate, 1)}
 
 
 def variants(args):
@@ -319,9 +331,8 @@ def variants(args):
     return {"sparse" if method else "full": (method, density, layers, adapter)}
 
 
-def print_answers(args, model, tokenizer, out):
+def print_answers(args, variant_settings, model, tokenizer, out):
     """Answer the prompt, or without one the hard problem by every variant; rows for --json."""
-    variant_settings = variants(args)
     if args.prompt is None:
         problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
         question = data.ask(problem)
@@ -339,8 +350,7 @@ def print_answers(args, model, tokenizer, out):
         elif method:
             caprese.attach(model, method, density, layers)
         print(f"\n{name}: {describe(model)}", file=out)
-        give_answer = answer if args.n == 1 else answer_samples
-        row = {"method": name} | give_answer(model, tokenizer, question, args, out)
+        row = {"method": name} | answer(model, tokenizer, question, args, out)
         verdict = ""
         if problem and args.n == 1:
             row["correct"] = data.correct(row["response"], problem.answer)
@@ -353,26 +363,23 @@ def print_answers(args, model, tokenizer, out):
 # ---- python sample.py --questions FILE --out FILE: the paper's training set is private, so let the
 # full model write an open one
 
-def write_training_set(args, model, tokenizer):
-    """Answer each question of args.questions args.n times; append the answers to args.out, JSONL.
+def write_training_set(args, problems, model, tokenizer):
+    """Answer each question args.n times; append the answers to args.out, JSONL.
 
-    Written block by block. What a block draws depends on --seed and on its number alone. So a rerun
-    drops the last block, which may be incomplete, and continues as if never interrupted.
+    Written block by block. What a block draws depends on the settings and on the number of its
+    first question alone. So a rerun drops the last block, which may be incomplete, and continues as
+    if never interrupted.
     """
-    problems = data.read_problems(args.questions, evaluation=True, boxed=bool(args.model))
-    per_block = max(1, args.batch_size // args.n)  # questions
-    written = read_complete_blocks(args.out)
-    first = written[-1]["block"] + 1 if written else 0
+    size = max(1, args.batch_size // args.n)  # questions of a block
+    written, first = read_complete_blocks(args.out)
     count = len(written)
     print(f"Asking {args.model or 'the bundled model'} on {args.device} {len(problems)} questions, "
           f"{args.n} times each.\n{count} samples are in {args.out} already.", file=sys.stderr)
-    bar = tqdm(range(first, -(-len(problems) // per_block)), desc="blocks", disable=None)
+    bar = tqdm(range(first, len(problems), size), desc="blocks", disable=None)
     with open(args.out, "a", encoding="utf-8") as out:
-        for block in bar:
-            asked = []
-            for problem in problems[block * per_block:(block + 1) * per_block]:
-                asked += [problem] * args.n
-            lines = answer_block(args, model, tokenizer, asked, block)
+        for start in bar:
+            asked = [p for p in problems[start:start + size] for _ in range(args.n)]
+            lines = answer_block(args, model, tokenizer, asked, start)
             out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             out.flush()
             count += len(lines)
@@ -381,11 +388,11 @@ def write_training_set(args, model, tokenizer):
 
 
 def answer_block(args, model, tokenizer, problems, block):
-    """The training samples of one block, in order; without cut answers, for they teach no end."""
+    """The training samples of one block, in order; without answers that do not show how to end."""
     generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + block)
     responses = respond(model, tokenizer, [data.ask(problem) for problem in problems],
                         args.max_new_tokens, args.batch_size, temperature=args.temperature,
-                        top_p=args.top_p, reselect=args.reselect, generator=generator)
+                        top_p=args.top_p, generator=generator)
     lines = []
     for i, response, tokens in sorted(responses):
         right = data.correct(response, problems[i].answer)
@@ -396,24 +403,28 @@ def answer_block(args, model, tokenizer, problems, block):
 
 
 def read_complete_blocks(file):
-    """The lines of all blocks in the file but the last, which is cut off; [] without a file."""
+    """(the lines of all blocks but the last, the last block's number); the last one is cut off.
+
+    ValueError, and the file stays as it is, if it is no training set.
+    """
     path = Path(file)
     if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").split("\n")[:-1]:
-        try:
-            lines.append(json.loads(text))
-            lines[-1]["block"]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{file} exists and is no training set of sample.py; "
-                             "give another --out") from None
-    lines = [line for line in lines if line["block"] < lines[-1]["block"]]
-    complete = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        return [], 0
+    *complete, cut_line = path.read_text(encoding="utf-8").split("\n")
+    try:
+        lines = [json.loads(text) for text in complete]
+        last = lines[-1]["block"] if lines else 0
+        lines = [line for line in lines if line["block"] < last]
+        foreign = not '{"question"'.startswith(cut_line[:11])
+    except (ValueError, KeyError, TypeError):
+        foreign = True
+    if foreign:
+        raise ValueError(f"{file} is no training set of sample.py; give another --out")
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(complete, encoding="utf-8")
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
-    return lines
+    return lines, last
 
 
 def arguments():
@@ -450,7 +461,7 @@ def arguments():
                          "--density or --adapter")
     if args.prompt is None and args.model and not args.questions:
         raise ValueError("give a prompt: only the bundled model comes with a problem of its own")
-    check_decoding(0, 1, args.max_new_tokens, args.temperature, args.top_p, args.reselect, args.n)
+    check_decoding(args.max_new_tokens, args.temperature, args.top_p)
     return args
 
 
@@ -458,13 +469,14 @@ def main():
     args = arguments()
     out = sys.stderr if args.json else sys.stdout
     if args.questions:
+        problems = data.read_problems(args.questions, evaluation=True, boxed=bool(args.model))
         model, tokenizer = load(args)
-        result = write_training_set(args, model, tokenizer)
+        result = write_training_set(args, problems, model, tokenizer)
         print(f"{result['samples']} samples are in {args.out}", file=out)
     else:
-        variants(args)  # a missing adapter is noticed before the model is loaded
+        variant_settings = variants(args)  # a missing adapter is noticed before the model loads
         model, tokenizer = load(args)
-        result = print_answers(args, model, tokenizer, out)
+        result = print_answers(args, variant_settings, model, tokenizer, out)
     if args.json:
         print(json.dumps(result))
 

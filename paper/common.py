@@ -82,12 +82,12 @@ def run_script(name, script, experiment):
     start = time.perf_counter()
     rows = script.measure(experiment)
     seconds = time.perf_counter() - start
-    print(distill.format_table(rows), file=out)
+    print(sample.format_table(rows), file=out)
     if experiment.count:
         print(f"\n{experiment.reused} of {experiment.count} answers are from earlier runs, read "
               f"from {args.out}.", file=out)
     for title, paper_rows in paper.items():
-        print(f"\nThe paper, {title}:\n{distill.format_table(paper_rows)}", file=out)
+        print(f"\nThe paper, {title}:\n{sample.format_table(paper_rows)}", file=out)
     if args.plot:
         save_picture(Path(args.plot) / f"{name}.png", script.draw, rows)
     print(f"[{seconds:.0f} s]", file=out)

@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(scope="session")
 def device():
-    """Where decoding, selection, distillation and adapters are tested: CAPRESE_TEST_DEVICE or cpu."""
+    """Where decoding, distillation and adapters are tested: CAPRESE_TEST_DEVICE or cpu."""
     return os.environ.get("CAPRESE_TEST_DEVICE", "cpu")

@@ -163,6 +163,11 @@ ROWS = [
     ({"prompt": "q\n", "response": "a"}, ("q\n", "a", "", "text", None)),
     ({"prompt": "q", "response": "a #### 5"}, ("q", "a #### 5", "5", "maths", None)),
     ({"prompt": "q", "response": "#### Title\n\na"}, ("q", "#### Title\n\na", "", "text", None)),
+    ({"instruction": "q", "input": "i", "output": "a"}, ("q\ni", "a", "", "text", None)),
+    ({"instruction": "q", "input": "", "output": r"\boxed{5}"},
+     ("q", r"\boxed{5}", "5", "maths", None)),
+    ({"context": "c", "question": "q", "answers": ["a", "b"]},
+     ("c\nq", "a", "a", "passage", None)),
     (messages("a"), ("q", "a", "", "text", None)),
     (messages("a\n#### 5\n"), ("q", "a\n#### 5\n", "5", "maths", None)),
 ]
@@ -170,7 +175,7 @@ ROWS = [
 
 @pytest.mark.parametrize("row, expected", ROWS)
 def test_what_a_row_is(tmp_path, row, expected):
-    """As a sample it has its response; in an evaluation, its answer and the wish for a box."""
+    """A sample has its response, an evaluation problem its answer, and perhaps asks for a box."""
     problem = data.problem_from_row(row)
     assert astuple(problem) == expected
     question, response, answer, kind, level = expected
@@ -186,7 +191,7 @@ def test_what_a_row_is(tmp_path, row, expected):
         asked, = data.read_problems(file, evaluation=True, boxed=True)
         plain, = data.read_problems(file, evaluation=True)
         assert asked.question.startswith(plain.question) and "boxed" not in plain.question
-        assert (asked.response, asked.answer, asked.kind, asked.level) == ("", answer, kind, level)
+        assert (asked.answer, asked.kind, asked.level) == (answer, kind, level)
         assert data.ask(asked).startswith(instruction + question)
         assert data.ask(asked).endswith(r"\boxed{}.") == (kind in ("maths", "choice"))
     else:
