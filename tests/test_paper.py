@@ -503,6 +503,7 @@ def test_bad_flags_are_refused_before_the_first_slow_step(monkeypatch, tmp_path,
         raise AssertionError("nothing must be measured")
 
     monkeypatch.setattr(importlib.import_module("paper.table1_accuracy"), "measure", measure)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # matplotlib is optional
     flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path)]
     with pytest.raises(ValueError, match=words) as error:
         common.run(["table1_accuracy"], ["--device", "cpu", "--samples", "8", *flags])
