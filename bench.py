@@ -331,11 +331,8 @@ def arguments(argv=None):
         raise ValueError("give --model or --shape, not both")
     if args.peer and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer transformers needs it: pip install transformers")
-    try:
-        torch.empty(1, device=args.device).item()  # the meta device holds no numbers, so it fails
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {args.device!r} is not available; try --device cpu") from None
-    if not args.model:  # the shape's name, for to choose_dtype no name is the bundled model
+    sample.check_device(args.device)
+    if not args.model:  # choose_dtype takes a run without --model for the bundled model
         args.model = args.shape = args.shape or DEFAULT_SHAPE
     return args
 

@@ -363,7 +363,9 @@ def select(model, compact=True):
     """
     layers = list(sparse_layers(model).values())
     tops = None
-    if layers and layers[0].method == "griffin" and compact and not is_sharded(layers[0]):
+    # Of weights that are spread over several devices no neuron can be gathered.
+    whole = all(type(ff.gate_proj.weight) is nn.Parameter for ff in layers)
+    if layers and layers[0].method == "griffin" and compact and whole:
         tops = torch.stack([ff.top_neurons(ff.statistic) for ff in layers])  # [layers, B, k]
         if tops.shape[1] > 1 and not torch.equal(tops, tops[:, :1].expand_as(tops)):
             tops = None
@@ -372,11 +374,6 @@ def select(model, compact=True):
             ff.select_rows()
         else:
             ff.gather(tops[i, 0])
-
-
-def is_sharded(ff):
-    """Are the base weights spread over several devices? Then no neuron can be gathered."""
-    return type(ff.gate_proj.weight) is not nn.Parameter
 
 
 def reorder(model, rows):

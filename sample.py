@@ -227,12 +227,17 @@ def choose_dtype(args):
     return torch.bfloat16 if args.model and bfloat16 else torch.float32
 
 
+def check_device(device):
+    """ValueError, in one line, for a device that cannot compute here."""
+    try:
+        torch.empty(1, device=device).item()  # the meta device holds no numbers, so it fails
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"device {device!r} is not available; try --device cpu") from None
+
+
 def load(args, onto=None):
     """(model, tokenizer) for the common flags; onto is another device for the weights."""
-    try:
-        torch.empty(1, device=args.device).item()  # the meta device holds no numbers, so it fails
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"device {args.device!r} is not here; try --device cpu") from None
+    check_device(args.device)
     folder = resolve(args.model or BUNDLED)
     model = Transformer.from_pretrained(folder, onto or args.device, choose_dtype(args))
     return model, data.Tokenizer(folder)

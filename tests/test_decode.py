@@ -10,7 +10,6 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_families import FAMILIES, FIXTURES
-from test_model import VARIANTS
 from torch.testing import assert_close
 
 import caprese
@@ -30,10 +29,10 @@ def attach(model, method, density=0.4, rank=6):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", VARIANTS)
+@pytest.mark.parametrize("family", tiny.VARIANTS)
 def test_a_step_of_fixed_num_keys_equals_the_ordinary_one(family, method, device):
     """What a captured graph runs: positions from the device, a fixed number of keys, a mask."""
-    model = attach(tiny.model(device=device, **VARIANTS[family]), method)
+    model = attach(tiny.model(device=device, **tiny.VARIANTS[family]), method)
     for lengths in ([9], [9, 5, 7]):
         prompt = tiny.tokens(len(lengths), 9, device=device)
         new = tiny.tokens(len(lengths), 6, seed=4, device=device)

@@ -15,23 +15,11 @@ from model import Config, RMSNorm, Transformer, attention_mask, rope_frequencies
 # Cached and uncached runs add the same float32 products in another order: they differ by a few 1e-6
 # at logits of size 1 to 10.
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 64}
-VARIANTS = {
-    "llama": {"rope_scaling": LLAMA3},
-    "mistral": {"model_type": "mistral", "sliding_window": 5},
-    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4,
-              "max_window_layers": 2},
-    "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "gemma2": {"model_type": "gemma2", "sliding_window": 5, "head_dim": 16,
-               "num_key_value_heads": 2, "query_pre_attn_scalar": 12,
-               "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0},
-}
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=tiny.VARIANTS)
 def model(request, device):
-    return tiny.model(device=device, **VARIANTS[request.param])
+    return tiny.model(device=device, **tiny.VARIANTS[request.param])
 
 
 def continued(model, cache, pieces):
@@ -111,7 +99,7 @@ def test_attention_mask_by_rows():
 def test_rotary_angles():
     """The llama3 rule, band by band, and the rotation, against their definitions."""
     config = Config.from_dict(tiny.CONFIG | {"head_dim": 16, "rope_theta": 1000.0,
-                                             "rope_scaling": LLAMA3})
+                                             "rope_scaling": tiny.LLAMA3})
     expected = []
     for i in range(8):
         freq = 1000.0 ** (-2 * i / 16)
