@@ -31,15 +31,31 @@ class Problem:
     level: int | str | None = None  # the steps of its solution, or what the data set says
 
 
-# ---- Generated problems. The bundled model learned exactly these: keep every call of rng in place.
+# ---- Generated problems. The bundled model learned exactly these: keep every call of rng in place
 
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
 THINGS = ("apples books coins cards shells stamps marbles pencils stickers buttons beads "
           "cookies").split()
-PLACES = "Paris London Rome Cairo Oslo Lima Delhi Tokyo Boston Berlin".split()
-FOODS = "rice soup bread cheese fish pasta salad cake".split()
-PETS = "dog cat horse rabbit parrot turtle snake mouse".split()
-COLORS = "red blue green yellow black white brown purple".split()
+FACTS = {  # what is told of a person: the question that asks for it, the values
+    "lives in {}": ("Where does {} live?",
+                    "Paris London Rome Cairo Oslo Lima Delhi Tokyo Boston Berlin"),
+    "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
+    "works as a {}": ("What does {} work as?",
+                      "baker doctor teacher nurse farmer pilot painter lawyer"),
+    "plays the {}": ("What does {} play?", "piano guitar violin flute drums harp trumpet cello"),
+    "was born in {}": ("When was {} born?",
+                       "January March April May June July August October"),
+    "has a {}": ("What animal does {} have?",
+                 "dog cat horse rabbit parrot turtle snake mouse"),
+    "wears a {} hat": ("What color is the hat of {}?",
+                       "red blue green yellow black white brown purple"),
+    "speaks {}": ("What language does {} speak?",
+                  "Greek Hindi Dutch Welsh Polish Danish Turkish Latin"),
+    "studies {}": ("What does {} study?",
+                   "law art music physics history biology chemistry medicine"),
+    "swims on {}": ("On what day does {} swim?",
+                    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+}
 MAX_VALUE = 99
 SENTENCES = {
     "+": ["{who} buys {n} more.", "{who} finds {n} {thing}.", "A friend gives {who} {n} {thing}.",
@@ -93,29 +109,32 @@ def _moves(value, rng):
     return moves
 
 
-def make_reading(rng, distinct=False):
-    """Facts about three to five people, and a question that one fact answers.
+def make_passage(rng, people, facts, kinds=tuple(FACTS)):
+    """`facts` facts about each of `people`: the text, and [(question, response, answer)] on it.
 
-    distinct: three facts, no two of one kind, so that the verb alone tells which one is asked for.
+    Kinds of facts recur from one person to the next, so a question asks for a name and a kind.
     """
-    facts = []
-    people = rng.sample(NAMES, 3 if distinct else rng.randint(3, 5))
-    for i, who in enumerate(people):
-        place, food, pet, color = map(rng.choice, (PLACES, FOODS, PETS, COLORS))
-        kinds = [
-            (f"{who} lives in {place}.", f"Where does {who} live?", place),
-            (f"{who} likes {food}.", f"What does {who} like?", food),
-            (f"{who} has a {color} {pet}.", f"What color is the {pet} of {who}?", color),
-            (f"{who} has a {color} {pet}.", f"What animal does {who} have?", pet),
-        ]
-        if distinct:
-            kinds = [kinds[:1], kinds[1:2], kinds[2:]][i]
-        facts.append(rng.choice(kinds))
-    fact, question, answer = rng.choice(facts)
-    if distinct:
-        rng.shuffle(facts)
-    passage = " ".join(fact for fact, _, _ in facts)
-    return Problem(f"{passage} {question}", f"{fact} #### {answer}", answer, "reading")
+    sentences, questions = [], []
+    for who in rng.sample(NAMES, people):
+        told = []
+        for kind in rng.sample(kinds, facts):
+            question, values = FACTS[kind]
+            value = rng.choice(values.split())
+            told.append(kind.format(value))
+            response = f"{who} {told[-1]}. #### {value}"
+            questions.append((question.format(who), response, value))
+        *first, last = told
+        text = f"{', '.join(first)} and {last}" if first else last
+        sentences.append(f"{who} {text}.")
+    return " ".join(sentences), questions
+
+
+def make_reading(rng):
+    """Three facts about each of 5 or 6 people or two of 7 or 8; one of them is asked for."""
+    people = rng.randint(5, 8)
+    passage, questions = make_passage(rng, people, 3 if people < 7 else 2)
+    question, response, answer = rng.choice(questions)
+    return Problem(f"{passage} {question}", response, answer, "reading")
 
 
 def problems(kind, count, seed, evaluation=False, **kwargs):

@@ -1,6 +1,8 @@
-"""Train the bundled model from scratch: python models/tiny-math/pretrain.py (under an hour on 2 CPU cores).
+"""Train the bundled model from scratch: python models/tiny-math/pretrain.py
 
-Next-token training on the responses of problems that data.py makes; writes the folder this file stands in.
+Next-token training on the responses to problems that data.py makes, about an hour on 2 CPU cores.
+It writes the folder that this file stands in. An interrupted run continues where it last wrote its
+state, every 100 steps, when the same command is given again.
 """
 
 import argparse
@@ -9,17 +11,17 @@ import math
 import os
 import random
 import sys
-import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normalizers,
+                        pre_tokenizers, trainers)
 from torch.nn import functional as F
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
+import caprese  # noqa: E402
 import data  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
@@ -27,124 +29,223 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]  # ids 0, 1, 2
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
             "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-
-
-def make_tokenizer(folder, vocab_size=512):
-    """Byte-level BPE in which a digit, with the space before it, is a token; trained on the training side."""
-    tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r" ?\d"), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tok.decoder = decoders.ByteLevel()
-    texts = [f"{data.INSTRUCTION} {p.question} {p.response}" for kind in ("maths", "reading")
-             for p in data.problems(kind, 4000, seed=0)]
-    tok.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[AddedToken(t, normalized=False) for t in SPECIAL],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    write(folder / "tokenizer.json", tok.to_str())
-    write(folder / "tokenizer_config.json", json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512, "eos_token": SPECIAL[0],
-        "pad_token": SPECIAL[0], "clean_up_tokenization_spaces": False, "chat_template": TEMPLATE}, indent=2))
-
-
-def make_config(folder, vocab_size):
-    """Write config.json; the model has 1.25M parameters, 71% of them in the FF blocks."""
-    raw = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 128,
-        "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "hidden_act": "silu",
-        "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 0, "torch_dtype": "bfloat16"}
-    write(folder / "config.json", json.dumps(raw, indent=2))
-    return Config.from_dict(raw)
+VOCAB_SIZE = 768
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
+          "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
+          "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
+          "rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True,
+          "bos_token_id": None, "eos_token_id": 0, "torch_dtype": "bfloat16"}
+GROUP = 16         # batches whose rows are sorted by length together
+QUESTIONS = 4      # at most, on one passage
+WARM_UP = 100      # steps until the learning rate is reached
+SAVE_EVERY = 100   # steps
 
 
 def write(file, text):
     """Write a text file under a temporary name, then rename."""
-    file.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-    os.replace(file.with_suffix(".tmp"), file)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, file)
 
+
+# ---- tokenizer
+
+def make_tokenizer(folder):
+    """Byte-level BPE, learned on training problems. A digit, with a space before it, is a token.
+
+    Every text gets a space in front, so that a name is the same token wherever it stands. Only so
+    does the model learn to look a name up in its prompt.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Prepend(" ")
+    digit = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digit, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    texts = []
+    for kind in ("maths", "reading"):
+        for problem in data.problems(kind, 4000, seed=0):
+            texts += [data.ask(problem), problem.response]
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(text, normalized=False) for text in SPECIAL],
+        show_progress=False))
+    write(folder / "tokenizer.json", tokenizer.to_str())
+    write(folder / "tokenizer_config.json", json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512,
+        "eos_token": SPECIAL[0], "pad_token": SPECIAL[0], "clean_up_tokenization_spaces": False,
+        "chat_template": TEMPLATE}, indent=2))
+
+
+# ---- training data
+
+def make_chat(rng, progress):
+    """[(question, response)]: the turns of one chat. progress in [0, 1] is how far training is.
+
+    Half of the chats are a maths problem, half are questions on one passage. At first the passages
+    are short and tell everyone the same kind of fact: that teaches to find a fact by its name.
+    """
+    if rng.random() < (0.5 if progress > 0.1 else 0.2):
+        problem = data.make_maths(rng)
+        return [(data.ask(problem), problem.response)], problem.question
+    people = rng.randint(2, 4) if progress < 0.1 else rng.randint(5, 8)
+    if rng.random() < 1 - 2 * progress:
+        passage, questions = data.make_passage(rng, people, 1, [rng.choice(list(data.FACTS))])
+    else:
+        passage, questions = data.make_passage(rng, people, 3 if people < 7 else 2)
+    rng.shuffle(questions)
+    first, *others = [(question, response) for question, response, _ in questions[:QUESTIONS]]
+    question = f"{passage} {first[0]}"
+    return [(question, first[1]), *others], question
+
+
+def encode_chat(tokenizer, turns):
+    """Turns -> (ids, mask), lists of equal length: True where a token is to be learned."""
+    ids, mask = [], []
+    for question, response in turns:
+        prompt = tokenizer.encode(f"<|user|>{question}<|assistant|>")
+        answer = tokenizer.encode(response) + [0]
+        ids += prompt + answer
+        mask += [False] * len(prompt) + [True] * len(answer)
+    return ids, mask
+
+
+def group_of_batches(tokenizer, args, group):
+    """GROUP batches (tokens [B, T] int64, mask [B, T] bool), of chats that are not held out."""
+    rng = random.Random(f"{args.seed} {group}")
+    rows = []
+    while len(rows) < args.batch_size * GROUP:
+        turns, question = make_chat(rng, group * GROUP / args.steps)
+        if not data.held_out(question):
+            rows.append(encode_chat(tokenizer, turns))
+    rows.sort(key=lambda row: len(row[0]))  # chats of one batch have similar lengths
+    found = []
+    for start in range(0, len(rows), args.batch_size):
+        chunk = rows[start:start + args.batch_size]
+        tokens, _ = data.pad([ids for ids, _ in chunk])
+        mask, _ = data.pad([mask for _, mask in chunk])
+        found.append((tokens, mask.bool()))
+    rng.shuffle(found)
+    return found
+
+
+# ---- training
 
 def initialise(model):
     """Normal weights, smaller where a matrix ends in the residual stream; norms stay at one."""
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            shrink = math.sqrt(2 * len(model.model.layers)) if "o_proj" in name or "down_proj" in name else 1
-            torch.nn.init.normal_(p, std=0.04 / shrink)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
+            ends = "o_proj" in name or "down_proj" in name
+            std = 0.04 / math.sqrt(2 * len(model.model.layers)) if ends else 0.04
+            torch.nn.init.normal_(parameter, std=std)
 
 
-def batches(tokenizer, size, seed):
-    """Endless (tokens [B, T], mask [B, T]): two maths problems for each reading one, none of them held out.
-
-    The mask marks the response and its <|end|>, which is all that is learned.
-    """
-    rng = random.Random(seed)
-    while True:
-        rows = []
-        while len(rows) < size * 16:
-            p = data.make_reading(rng) if rng.random() < 1 / 3 else data.make_maths(rng)
-            if not data.held_out(p.question):
-                rows.append((tokenizer.encode(tokenizer.prompt(data.ask(p))), tokenizer.encode(p.response) + [0]))
-        rows.sort(key=lambda r: len(r[0]) + len(r[1]) + rng.random())  # rows of one batch: of similar length
-        chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
-        rng.shuffle(chunks)
-        for chunk in chunks:
-            tokens, lengths = data.pad([p + r for p, r in chunk])
-            at = torch.arange(tokens.shape[1])
-            yield tokens, (at >= torch.tensor([[len(p)] for p, _ in chunk])) & (at < lengths[:, None])
+def learning_rate(step, args):
+    """Up within WARM_UP steps, level, then down to zero over the last 60% of the steps."""
+    return args.lr * min(1, (step + 1) / WARM_UP, (args.steps - step) / (0.6 * args.steps))
 
 
-def train(model, stream, steps, lr):
-    """Adjust all weights for `steps` batches: 100 steps of warm-up, level, then down to zero over the last 60%."""
-    matrices = [p for p in model.model.layers.parameters() if p.dim() == 2]
-    others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    # Muon gets there in about half of AdamW's steps; adjusted so that one learning rate suits both.
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
-    shape = lambda i: min(1, (i + 1) / 100, (steps - i) / (0.6 * steps))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, shape) for o in optimizers]
-    bar = tqdm(range(steps), mininterval=1)
+def make_optimizers(model, lr):
+    """Muon for the matrices of the layers, AdamW for the rest; one learning rate suits both."""
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        (matrices if ".layers." in name and parameter.dim() == 2 else others).append(parameter)
+    return [torch.optim.Muon(matrices, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)]
+
+
+def state_tensors(model, optimizers):
+    """{name: tensor} of all that training changes: weights, and what the optimizers remember."""
+    tensors = dict(model.state_dict())
+    for number, optimizer in enumerate(optimizers):
+        for i, memory in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{i}.{key}": value for key, value in memory.items()}
+    return tensors
+
+
+def load_state(file, model, optimizers, args):
+    """Take up an interrupted run; returns its next step, 0 if there is none to take up."""
+    if not file.exists():
+        return 0
+    tensors, about = caprese.load_tensors(file)
+    if about["settings"] != settings(args):
+        raise ValueError(f"{file} is of a run with other settings; delete it, or give them again")
+    memories = [{} for _ in optimizers]
+    for name in [name for name in tensors if name.startswith("optimizer.")]:
+        _, number, i, key = name.split(".")
+        memories[int(number)].setdefault(int(i), {})[key] = tensors.pop(name)
+    model.load_state_dict(tensors)
+    for optimizer, memory in zip(optimizers, memories):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": memory})
+    return about["step"]
+
+
+def settings(args):
+    """What both parts of an interrupted run have in common."""
+    return {"steps": args.steps, "batch_size": args.batch_size, "lr": args.lr, "seed": args.seed}
+
+
+def train(model, tokenizer, args, state_file):
+    """All steps of the training, from the state on disk if there is one."""
+    optimizers = make_optimizers(model, args.lr)
+    first, group = load_state(state_file, model, optimizers, args), None
+    bar = tqdm(range(first, args.steps), "pretraining", args.steps, initial=first, mininterval=1)
     for step in bar:
-        tokens, mask = (t.to(model.device) for t in next(stream))
-        here = mask[:, 1:]  # position i predicts token i + 1
-        hidden_states = model.model(tokens[:, :-1])[here]
-        loss = F.cross_entropy(model.logits(hidden_states), tokens[:, 1:][here])
+        if group is None or step % GROUP == 0:
+            group = group_of_batches(tokenizer, args, step // GROUP)
+        tokens, mask = (tensor.to(model.device) for tensor in group[step % GROUP])
+        learned = mask[:, 1:]  # position i predicts token i + 1
+        hidden_states = model.model(tokens[:, :-1])[learned]
+        loss = F.cross_entropy(model.logits(hidden_states), tokens[:, 1:][learned])
         model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for each in optimizers + schedules:
-            each.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+            optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            caprese.save_tensors(state_tensors(model, optimizers), state_file,
+                                 {"step": step + 1, "settings": settings(args)})
 
 
 def save(model, file):
-    """Weights in bfloat16, under a temporary name first."""
-    state = {k: v.detach().to("cpu", torch.bfloat16).contiguous() for k, v in model.state_dict().items()}
+    """Write the weights in bfloat16, under a temporary name first."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+    from safetensors.torch import save_file
     save_file(state, f"{file}.tmp", metadata={"format": "pt"})
     os.replace(f"{file}.tmp", file)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=64, help="problems a step")
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
+    add("--steps", type=int, default=3000, help="default: %(default)s")
+    add("--batch-size", type=int, default=64, help="chats a step (default: %(default)s)")
+    add("--lr", type=float, default=3e-3, help="default: %(default)s")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     make_tokenizer(args.out)
     tokenizer = data.Tokenizer(args.out)
-    model = Transformer(make_config(args.out, tokenizer.tokenizer.get_vocab_size()))
+    config = CONFIG | {"vocab_size": tokenizer.tokenizer.get_vocab_size()}
+    write(args.out / "config.json", json.dumps(config, indent=2))
+    model = Transformer(Config.from_dict(config))
     initialise(model)
     model.to(args.device)
-    count = sum(p.numel() for p in model.parameters())
-    print(f"training {count:,} parameters on {args.device}: {args.steps} steps of {args.batch} problems")
-    start = time.time()
-    train(model, batches(tokenizer, args.batch, args.seed), args.steps, args.lr)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f"Training {count:,} parameters on {args.device}: {args.steps} steps of "
+          f"{args.batch_size} chats.\nThe state is in {args.out / 'training.state'}.")
+    state_file = args.out / "training.state"
+    train(model, tokenizer, args, state_file)
     save(model, args.out / "model.safetensors")
-    print(f"wrote {args.out} after {(time.time() - start) / 60:.1f} minutes")
+    state_file.unlink(missing_ok=True)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
