@@ -36,25 +36,23 @@ class Problem:
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
 THINGS = ("apples books coins cards shells stamps marbles pencils stickers buttons beads "
           "cookies").split()
-FACTS = {  # what is told of a person: the question that asks for it, the values
-    "lives in {}": ("Where does {} live?",
-                    "Paris London Rome Cairo Oslo Lima Delhi Tokyo Boston Berlin"),
+FACTS = {  # what is told of a person: the question that asks for it, and the values
+    "lives in {}": ("Where does {} live?", "Paris London Rome Cairo Oslo Lima Delhi Tokyo"),
     "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
-    "works as a {}": ("What does {} work as?",
-                      "baker doctor teacher nurse farmer pilot painter lawyer"),
-    "plays the {}": ("What does {} play?", "piano guitar violin flute drums harp trumpet cello"),
-    "was born in {}": ("When was {} born?",
-                       "January March April May June July August October"),
-    "has a {}": ("What animal does {} have?",
-                 "dog cat horse rabbit parrot turtle snake mouse"),
-    "wears a {} hat": ("What color is the hat of {}?",
-                       "red blue green yellow black white brown purple"),
-    "speaks {}": ("What language does {} speak?",
-                  "Greek Hindi Dutch Welsh Polish Danish Turkish Latin"),
-    "studies {}": ("What does {} study?",
-                   "law art music physics history biology chemistry medicine"),
-    "swims on {}": ("On what day does {} swim?",
-                    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"),
+    "works as a {}": ("What does {} work as?", "baker doctor nurse farmer pilot painter tailor"),
+    "plays the {}": ("What does {} play?", "piano guitar violin flute drums harp cello"),
+    "was born in {}": ("When was {} born?", "January March April May June July August"),
+    "has a {}": ("What animal does {} have?", "dog cat horse rabbit parrot turtle snake mouse"),
+    "wears a {} hat": ("What color is the hat of {}?", "red blue green yellow black white"),
+    "speaks {}": ("What language does {} speak?", "Greek Hindi Dutch Welsh Polish Latin"),
+    "studies {}": ("What does {} study?", "law art music physics history biology medicine"),
+    "swims on {}": ("When does {} swim?", "Monday Tuesday Wednesday Thursday Friday Sunday"),
+    "drinks {}": ("What does {} drink?", "tea coffee milk water juice cocoa lemonade"),
+    "drives a {}": ("What does {} drive?", "van truck bus tractor taxi scooter jeep"),
+    "grows {}": ("What does {} grow?", "roses tulips beans corn grapes onions lemons"),
+    "fears {}": ("What does {} fear?", "spiders ghosts storms wolves bees fire sharks"),
+    "collects {}": ("What does {} collect?", "maps rings masks clocks keys posters kites"),
+    "visits {}": ("What country does {} visit?", "Norway Chile Kenya Spain Japan Canada Peru"),
 }
 MAX_VALUE = 99
 SENTENCES = {
@@ -109,30 +107,30 @@ def _moves(value, rng):
     return moves
 
 
-def make_passage(rng, people, facts, kinds=tuple(FACTS)):
-    """`facts` facts about each of `people`: the text, and [(question, response, answer)] on it.
+def make_passage(rng):
+    """14 to 16 facts about 5 to 8 people: the text, and [(question, response, answer)] on it.
 
-    Kinds of facts recur from one person to the next, so a question asks for a name and a kind.
+    No two facts are of one kind, so that the kind alone tells which fact a question asks for.
     """
-    sentences, questions = [], []
-    for who in rng.sample(NAMES, people):
-        told = []
-        for kind in rng.sample(kinds, facts):
-            question, values = FACTS[kind]
-            value = rng.choice(values.split())
-            told.append(kind.format(value))
-            response = f"{who} {told[-1]}. #### {value}"
-            questions.append((question.format(who), response, value))
-        *first, last = told
-        text = f"{', '.join(first)} and {last}" if first else last
-        sentences.append(f"{who} {text}.")
+    people = rng.sample(NAMES, rng.randint(5, 8))
+    told = {who: [] for who in people}
+    questions = []
+    for number, kind in enumerate(rng.sample(list(FACTS), rng.randint(14, 16))):
+        who = people[number % len(people)]
+        question, values = FACTS[kind]
+        value = rng.choice(values.split())
+        told[who].append(kind.format(value))
+        questions.append((question.format(who), f"{who} {told[who][-1]}. #### {value}", value))
+    sentences = []
+    for who, (first, *others) in told.items():
+        text = ", ".join([first, *others[:-1]])
+        sentences.append(f"{who} {text} and {others[-1]}." if others else f"{who} {text}.")
     return " ".join(sentences), questions
 
 
 def make_reading(rng):
-    """Three facts about each of 5 or 6 people or two of 7 or 8; one of them is asked for."""
-    people = rng.randint(5, 8)
-    passage, questions = make_passage(rng, people, 3 if people < 7 else 2)
+    """Facts about 5 to 8 people, and a question that one fact answers."""
+    passage, questions = make_passage(rng)
     question, response, answer = rng.choice(questions)
     return Problem(f"{passage} {question}", response, answer, "reading")
 

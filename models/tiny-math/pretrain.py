@@ -29,7 +29,7 @@ SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]  # ids 0, 1, 2
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
             "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
-VOCAB_SIZE = 768
+VOCAB_SIZE = 1024
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128,
           "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4,
           "num_key_value_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-6,
@@ -53,8 +53,7 @@ def write(file, text):
 def make_tokenizer(folder):
     """Byte-level BPE, learned on training problems. A digit, with a space before it, is a token.
 
-    Every text gets a space in front, so that a name is the same token wherever it stands. Only so
-    does the model learn to look a name up in its prompt.
+    Every text gets a space in front, so that a name is the same token wherever it stands.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Prepend(" ")
@@ -79,24 +78,24 @@ def make_tokenizer(folder):
 
 # ---- training data
 
-def make_chat(rng, progress):
-    """[(question, response)]: the turns of one chat. progress in [0, 1] is how far training is.
+def make_chat(rng):
+    """[(question, response)], the turns of a chat: two maths problems for each passage.
 
-    Half of the chats are a maths problem, half are questions on one passage. At first the passages
-    are short and tell everyone the same kind of fact: that teaches to find a fact by its name.
+    A passage is asked about several times, as that teaches more for the same tokens.
     """
-    if rng.random() < (0.5 if progress > 0.1 else 0.2):
+    if rng.random() < 2 / 3:
         problem = data.make_maths(rng)
-        return [(data.ask(problem), problem.response)], problem.question
-    people = rng.randint(2, 4) if progress < 0.1 else rng.randint(5, 8)
-    if rng.random() < 1 - 2 * progress:
-        passage, questions = data.make_passage(rng, people, 1, [rng.choice(list(data.FACTS))])
-    else:
-        passage, questions = data.make_passage(rng, people, 3 if people < 7 else 2)
+        return [(data.ask(problem), problem.response)]
+    passage, questions = data.make_passage(rng)
     rng.shuffle(questions)
-    first, *others = [(question, response) for question, response, _ in questions[:QUESTIONS]]
-    question = f"{passage} {first[0]}"
-    return [(question, first[1]), *others], question
+    turns = [(question, response) for question, response, _ in questions[:QUESTIONS]]
+    question, response = turns[0]
+    return [(f"{passage} {question}", response), *turns[1:]]
+
+
+def held_out(turns):
+    """Is the first question of a chat a problem of evaluation?"""
+    return data.held_out(turns[0][0].removeprefix(f"{data.INSTRUCTION} "))
 
 
 def encode_chat(tokenizer, turns):
@@ -115,8 +114,8 @@ def group_of_batches(tokenizer, args, group):
     rng = random.Random(f"{args.seed} {group}")
     rows = []
     while len(rows) < args.batch_size * GROUP:
-        turns, question = make_chat(rng, group * GROUP / args.steps)
-        if not data.held_out(question):
+        turns = make_chat(rng)
+        if not held_out(turns):
             rows.append(encode_chat(tokenizer, turns))
     rows.sort(key=lambda row: len(row[0]))  # chats of one batch have similar lengths
     found = []
@@ -223,7 +222,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
-    add("--steps", type=int, default=3000, help="default: %(default)s")
+    add("--steps", type=int, default=2400, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="chats a step (default: %(default)s)")
     add("--lr", type=float, default=3e-3, help="default: %(default)s")
     add("--seed", type=int, default=0)
