@@ -250,98 +250,82 @@ def ask(problem):
 
 # ---- Grading
 
-MARK = re.compile(r"####|\\boxed\s*(?={)|\banswer[\s*]*(?:\bis\b|:)[\s*:]*", re.IGNORECASE)
+MARK = re.compile(r"####|\\boxed\s*(?={)|\banswer\W*(?:is\b|:)[\s*:]*"
+                  r"|^(?=[(*]*[A-J][)*.]*\s*\Z)", re.IGNORECASE | re.MULTILINE)
 TYPESETTING = [  # (pattern, replacement): other ways to write the same
-    (r"\\(?:left|right)(?![a-z])|\\[!,()\[\]]", ""),
-    (r"(?<!\\)\$([^$]*)(?<!\\)\$", r"\1"),  # $formula$
-    (r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*{([^{}]*)}", r" \1"),
-    (r"\\quad|\\[;: ]|(?<=\w)~", " "),
-    (r"\\([$%])|\{(,)\}", r"\1\2"),
+    (r"\\?[$%]|°|\^ ?{?\\circ}?|\\(?:left|right)\b|(?<!\\)\\[!,;: ()\[\]]|(?<=\d)~", ""),
+    (r"\\(?:text|math|mbox)\w*\s*{([^{}]*)}", r" \1"),
     (r"\\[dt]frac", r"\\frac"),
-    (r"−", "-"),
-    (r"\^ ?{? ?\\circ ?}?|\\degree|°", " degrees"),
-    (r"%", " percent"),
-    (r"^([\s*-]*)\$(-?[\d.,]*\d)", r"\1\2 dollars"),
+    (r"{(,)}|{(\d)}(?!\d)", r"\1\2"),  # 1{,}000, x^{2}
+    ("−", "-"),
+    (r"\s+", " "),
+    (r" ?([^\w ]) ?", r"\1"),
 ]
-FRACTION = re.compile(r"\\frac ?(?:{ ?(-?\d+) ?}|(\d))(?:{ ?(\d+) ?}|(\d))", re.ASCII)
-NUMBER = re.compile(
-    r"(-?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?: ?/ ?(0*[1-9]\d*))?"
-    # A unit: a word of at least four letters, for "17 xyz" is a product, or one of few short ones.
-    r"((?: [a-z]{4,}| ?(?:[ckm]m|[km]g|ml|ft|in|lb|hr|day|cup))(?:(?:/| per )[a-z]+)?(?:\^[23])?)?",
-    re.ASCII)
-NO_UNIT = re.compile(r" ?(more|less|fewer|over|plus|minus|squared|cubed|factorial|wrong|incorrect|"
-                     r"negative|recurring|repeating|doubled?|twice|dozen|half|halves|quarter|third|"
-                     r"times?|divided|multiplied|base|modulo|sqrt|root|point|remainder|below|than|"
-                     r"approx\w*|zero|four|five|seven|eight|nine|\w+teen|\w{3,4}ty|score|"
-                     r"hundred|thousand|\w+illion|(?!month)\w+th)s?\b")
-CHOICE = re.compile(r"\(?([A-J])(?:[).:]+(?! ?(?:and|or|nor|but|not|is|[A-J])\b)[^()]*)?")
-NO_FORMULA = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_|\\frac\d{3}|[.?!]$")  # words, bases, n!
+# A plural, or one of a few other words, is a unit: "17 more", "17 times" and "17 xyz" are not 17.
+UNIT = (r"(?!(?:less|plus|minus|times|dozens|halves|thirds|\w+(?<!mon)ths|thousands|\w+illions)\b)"
+        r"(?:[a-z]{3,}s|percent|people|children|feet|day|hour|cup|[ckm]m|[km]g|ml|ft|in|lb|"
+        r"per [a-z]+)(?:(?:/| per )[a-z]+)?(?:\^[23])?")
+# Before the number an option's letter, or the left side of an equation, may stand.
+NUMBER = re.compile(rf"(?:\([a-j]\)|[a-z+]+=)?(-?\d*\.?\d+|-?\d+/[1-9]\d*)(?: ?({UNIT}))?")
 
 
 def final_answer(text):
-    r"""The final answer that a response states, stripped, or None.
+    r"""The final answer that a response states, stripped; "" if it states none.
 
-    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ..." and "Answer: ..."; the
-    last mark counts. Without a mark only a last line that is a choice letter is an answer.
+    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ...", "Answer: ..." and a
+    last line that is a choice letter; the last mark counts.
     """
     for mark in reversed(list(MARK.finditer(text))):
-        if mark[0].startswith("\\"):
-            found = _braced(text[mark.end():mark.end() + 1000])
+        rest = text[mark.end():mark.end() + 1000].lstrip()
+        if mark[0] == "####":
+            found = rest.split("\n")[0]
+        elif mark[0].startswith("\\"):
+            found = _braced(rest)
         else:
-            found = text[mark.end():].lstrip().split("\n")[0]
-            if mark[0] != "####":
-                found = re.split(r"\.(?=\s|$)", found)[0]  # the end of the sentence
+            found = re.split(r"\n|\.\s", rest)[0]  # the sentence
         if found.strip():
             return found.strip().rstrip(".")
-    last_line = plain(text.strip().split("\n")[-1])
-    return last_line if re.fullmatch(r"\(?[A-J]\)?", last_line) else None
+    return ""
 
 
 def _braced(text):
     """What the brace at the start of a text encloses, "" if nothing closes it."""
     depth = 0
-    for i, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for brace in re.finditer("[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[1:i]
+            return text[1:brace.start()]
     return ""
 
 
 def plain(text):
-    """An answer without its typesetting: markdown, dollar signs, LaTeX's spaces and fonts."""
+    """An answer without its typesetting: markdown, signs of units, LaTeX's spaces and fonts."""
     for pattern, replacement in TYPESETTING:
         text = re.sub(pattern, replacement, text)
-    return " ".join(text.split()).lstrip("*` ").rstrip("*`.,; ")
+    return text.lstrip("*` ").rstrip("*`.,; ")
 
 
 def number(text):
-    """(value, unit) of a plain answer that is one number and perhaps a unit, else None.
+    """(value, unit or None) of a plain answer that is one number and perhaps a unit, else None.
 
-    The value is exact; the unit is in the singular, "" if there is none. Whatever might change the
-    value (5x, 5!, 5 or 6, 5 dozen) makes it no number.
+    The value is exact. Whatever might change it (5x, 5!, 5 or 6, 5 dozen) makes it no number.
     """
-    text = re.sub(r"^\(?[A-J]\) ?", "", text)  # an option's letter before its value
-    text = " ".join(FRACTION.sub(r" \1\2/\3\4 ", text).lower().split())
-    found = NUMBER.fullmatch(text)
-    if not found or len(text) > 200 or NO_UNIT.match(found[4] or ""):
-        return None
-    sign, digits, denominator, unit = found.groups("")
-    value = Fraction(sign + digits.replace(",", "")) / int(denominator or 1)
-    return value, unit.strip().rstrip("s")
+    text = re.sub(r"(?<!\d)\\frac ?({-?\d+}|\d)({\d+}|\d)(?!\d)", r"\1/\2", text.lower())
+    found = NUMBER.fullmatch(re.sub(r"[{}]|(?<=\d),(?=\d{3}(?!\d))", "", text))  # 1,000
+    return (Fraction(found[1]), found[2]) if found else None
 
 
 def same_latex(found, gold):
-    """Are two formulas equal in meaning? False where one of them is not a pure formula."""
-    if NO_FORMULA.search(found) or NO_FORMULA.search(gold):
+    """Are two formulas equal in meaning? False where one holds a word, or the base of a number."""
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_", f"{found} {gold}"):
         return False
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError:
         warnings.warn("LaTeX answers must match as text; pip install math-verify compares meaning")
         return False
-    found = parse(f"${found}$", extraction_config=[LatexExtractionConfig()])
-    gold = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()])
-    return bool(found and gold and verify(gold, found, float_rounding=12))
+    found, gold = (parse(f"${text}$", [LatexExtractionConfig()]) for text in (found, gold))
+    return verify(gold, found, float_rounding=12)
 
 
 def correct(response, answer):
@@ -350,23 +334,18 @@ def correct(response, answer):
     Choice letters compare as letters, numbers as numbers (a missing unit agrees with any), LaTeX by
     math-verify if that is installed, and the rest as text.
     """
-    found, gold = plain(final_answer(response) or ""), plain(answer)
-    if not found or not gold:
+    found, gold = plain(final_answer(response)), plain(answer)
+    if not found:
         return False
-    if re.fullmatch("[A-J]", gold):
-        letter = CHOICE.fullmatch(found.upper() if len(found) <= 3 else found)
-        return letter is not None and letter[1] == gold
-    if "=" not in gold:
-        found = re.sub(r"^[A-Za-z][A-Za-z+_ ]*=(?!.*=) ?", "", found)  # x = 5, m+n = 33
+    letter = gold.strip("()")
+    if re.fullmatch("[A-J]", letter):  # right are B, (b) and B) Paris, but not B) or C)
+        return bool(re.fullmatch(rf"\(?(?i:{letter})(?:[).:](?!.*\b[A-J]\b).*)?", found))
     if number(found) and number(gold):
         (value, unit), (gold_value, gold_unit) = number(found), number(gold)
         return value == gold_value and (unit == gold_unit or not unit or not gold_unit)
-    return _tight(found) == _tight(gold) or ("\\" in found + gold and same_latex(found, gold))
-
-
-def _tight(text):
-    """A text for comparison: small letters, no space beside punctuation, x^2 for x^{2}."""
-    return re.sub(r"{(\w)}", r"\1", re.sub(r" ?([^\w\s]) ?", r"\1", text.casefold()))
+    if found.casefold() == gold.casefold():
+        return True
+    return bool(re.search(r"[\\{]", found + gold)) and same_latex(found, gold)
 
 
 # ---- Data sets
