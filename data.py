@@ -8,12 +8,12 @@ import json
 import random
 import re
 import sys
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -140,50 +140,40 @@ class Tokenizer:
 
     def __init__(self, folder):
         import tokenizers
-        self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
-        text = file.read_text(encoding="utf-8")
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        content = file.read_bytes()
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises nothing narrower
             raise ValueError(f"{file} is not a readable tokenizer: {e}") from None
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
-        config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
+        names = read_object(folder, "special_tokens_map.json")  # which older models have
+        names |= read_object(folder, "tokenizer_config.json")
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = config.get(name) or ""
+            token = names.get(name, "")
             self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
-        self.template = config.get("chat_template")
+        self.template = names.get("chat_template")
         if isinstance(self.template, list):  # several templates, each with a name
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
-        if (self.folder / "chat_template.jinja").exists():
-            self.template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.stop_ids = ()
-        for name in ("config.json", "generation_config.json"):  # the latter counts where both say
-            stop = self._read(name).get("eos_token_id")
-            if stop is not None:
-                self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
-
-    def _read(self, name):
-        """The object in a JSON file of the folder, {} if there is no such file."""
-        file = self.folder / name
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as e:
-            raise ValueError(f"{file} is not valid JSON: {e}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{file} is not a JSON object")
-        return found
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config = read_object(folder, "config.json") | read_object(folder, "generation_config.json")
+        stop = config.get("eos_token_id", [])
+        self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
         if not self.template:
             return question
-        return render(self.template, messages=[{"role": "user", "content": question}], tools=None,
-                      documents=None, add_generation_prompt=True, **self.special_tokens)
+        try:
+            return compile_template(self.template).render(
+                messages=[{"role": "user", "content": question}], tools=None, documents=None,
+                add_generation_prompt=True, **self.special_tokens)
+        except Exception as e:  # a template may fail in any way that Python can
+            raise ValueError(f"the chat template fails: {' '.join(str(e).split())}") from None
 
     def prompt_ids(self, question):
         """The prompt's ids. A template writes the bos itself; without one the tokenizer adds it."""
@@ -197,48 +187,32 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def read_object(folder, name):
+    """The entries of a JSON file that are not null; none if there is no such file."""
+    try:
+        entries = json.loads((folder / name).read_text(encoding="utf-8")).items()
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as e:  # AttributeError: valid JSON, but no object
+        raise ValueError(f"{folder / name} is not a JSON object: {e}") from None
+    return {key: value for key, value in entries if value is not None}
+
+
 @lru_cache(maxsize=4)
 def compile_template(template):
     """A chat template with the names that transformers gives it, sandboxed: it is foreign code."""
-    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj, attribute):  # jinja2 would print an empty string
-            raise jinja2.exceptions.SecurityError(f"access to {attribute!r} is unsafe")
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} stands for its content."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
     def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
+        raise ValueError(message)
 
-    def strftime_now(format):
-        return datetime.now().strftime(format)
-
-    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                  extensions=[jinja2.ext.loopcontrols, Generation])
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+    # {% generation %} ... {% endgeneration %} stands for its content, as {% with %} does.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     return env.from_string(template)
-
-
-def render(template, **variables):
-    """Fill in a chat template; ValueError in one line if it fails, or tries what it must not."""
-    try:
-        return compile_template(template).render(variables)
-    except ImportError:
-        raise ValueError("this model's chat template needs jinja2: pip install jinja2") from None
-    except Exception as e:  # a template may fail in any way that Python can
-        raise ValueError(f"the chat template fails: {' '.join(str(e).split())}") from None
 
 
 def ask(problem):
