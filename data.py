@@ -324,32 +324,22 @@ def correct(response, answer):
 
 # ---- Data sets
 
-ROW = ("it needs question and answer or response (and options or context), problem and answer or "
-       "solution, query and response, prompt and response or reference, instruction and output, "
-       "or messages")
+ROW = "it needs question and answer, problem and solution, prompt and response, or messages"
 BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for besides
          "choice": r"Put the letter of your answer within \boxed{}."}
 
 
 def read_rows(file):
-    """Yield (number from 1, row) of each row of a JSONL file or of a JSON list.
+    """[(number from 1, row)] of a JSONL file, as lines of text, or of a JSON list, as objects.
 
-    Instead of a line that is not valid JSON comes its ValueError. A file of a hub data set is named
-    hf://datasets/OWNER/NAME/PATH. Raises OSError, or ValueError if the whole file is unreadable.
+    A file of a hub data set is named hf://datasets/OWNER/NAME/PATH. Raises OSError or ValueError.
     """
     try:
         text = Path(local(file)).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            yield from enumerate(json.loads(text), 1)
-            return
+        rows = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except ValueError as e:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                yield number, json.loads(line)
-        except ValueError as e:
-            yield number, e
+    return [(number, row) for number, row in enumerate(rows, 1) if row != ""]
 
 
 def local(file):
@@ -386,26 +376,15 @@ def problem_from_row(row):
     if "instruction" in row:
         prompt = f"{row['instruction']}\n{row.get('input') or ''}".strip()
         row = {"prompt": prompt, "response": row["output"]}
-    if "answers" in row:
-        row = row | {"answer": row["answers"][0]}
-    answer = row.get("answer")
+    question = row.get("question") or row.get("problem") or row.get("query") or row["prompt"]
+    answer = row["answers"][0] if "answers" in row else row.get("answer")
+    response = row.get("response") or row.get("solution") or row.get("reference", "")
+    kind, lines = "maths", [question]
     options = row.get("options") or row.get("choices")
     if options:
-        letters = "ABCDEFGHIJ"[:len(options)]
+        kind, letters = "choice", "ABCDEFGHIJ"[:len(options)]
         if answer not in list(letters):
             answer = dict(enumerate(letters))[answer]
-    answer = "" if answer is None else str(answer)
-    question = row.get("question") or row.get("problem") or row.get("query") or row.get("prompt")
-    if not question:
-        raise ValueError("no question")
-    response = row.get("response") or row.get("solution") or row.get("reference", "")
-    if "question" in row and not response:
-        response = answer  # GSM8K's holds the worked solution
-    response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", response)
-
-    kind, lines = "maths", [question]
-    if options:
-        kind = "choice"
         lines += [f"({letter}) {text}" for letter, text in zip(letters, options, strict=True)]
     elif "context" in row:
         kind, lines = "passage", [row["context"], question]
@@ -413,8 +392,12 @@ def problem_from_row(row):
         kind, answer = "summary", response
     elif "prompt" in row and not re.search(r"####[^\n]*\s*$|\\boxed\s*{", response):
         kind = "text"
+    answer = "" if answer is None else str(answer)
+    if "question" in row and not response:
+        response = answer  # GSM8K's holds the worked solution
+    response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", response)
     if kind == "maths":
-        answer = final_answer(answer) or answer or final_answer(response) or ""
+        answer = final_answer(answer) or answer or final_answer(response)
     return Problem("\n".join(lines), response, answer, kind, row.get("level", steps or None))
 
 
@@ -428,16 +411,16 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
     names the file and the row.
     """
     found = []
+    needed = "answer" if evaluation else "response"
     for number, row in read_rows(file):
         if len(found) == count:
             break
         try:
-            if isinstance(row, ValueError):
-                raise row
-            problem = parse(row)
+            problem = parse(json.loads(row) if isinstance(row, str) else row)
             (problem.question + problem.response).encode()  # ValueError for half a surrogate pair
-            if not (problem.answer if evaluation else problem.response).strip():
-                raise ValueError("no answer" if evaluation else "no response")
+            for field in ("question", needed):
+                if not getattr(problem, field).strip():
+                    raise ValueError(f"no {field}")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             message = f"{file}, line {number}: not a problem ({type(e).__name__}: {e}); {ROW}"
             if not skip_bad:
