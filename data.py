@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
 
@@ -453,11 +454,9 @@ class Batch:
 
 def pad(sequences, device="cpu"):
     """Lists of ids -> (tokens [B, T] int64, zeros on the right, and lengths [B] int64)."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for i, ids in enumerate(sequences):
-        tokens[i, :len(ids)] = torch.tensor(ids)
-    return tokens.to(device), lengths.to(device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    return pad_sequence(tensors, batch_first=True).to(device), lengths
 
 
 def until_stop(ids, stop_ids):
