@@ -291,8 +291,9 @@ def number(text):
 
 
 def same_latex(found, gold):
-    """Are two formulas equal in meaning? False where one holds a word, or the base of a number."""
-    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_", f"{found} {gold}"):
+    """Are two LaTeX formulas equal in meaning? One with a word or a number base is not read."""
+    both = f"{found} {gold}"
+    if not re.search(r"[\\{]", both) or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_", both):
         return False
     try:
         from math_verify import LatexExtractionConfig, parse, verify
@@ -318,9 +319,7 @@ def correct(response, answer):
     if number(found) and number(gold):
         (value, unit), (gold_value, gold_unit) = number(found), number(gold)
         return value == gold_value and (unit == gold_unit or not unit or not gold_unit)
-    if found.casefold() == gold.casefold():
-        return True
-    return bool(re.search(r"[\\{]", found + gold)) and same_latex(found, gold)
+    return found.casefold() == gold.casefold() or same_latex(found, gold)
 
 
 # ---- Data sets
