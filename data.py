@@ -8,15 +8,16 @@ import json
 import random
 import re
 import sys
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
-from datetime import datetime
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
 
@@ -157,50 +158,40 @@ class Tokenizer:
 
     def __init__(self, folder):
         import tokenizers
-        self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
-        text = file.read_text(encoding="utf-8")
+        folder = Path(folder)
+        file = folder / "tokenizer.json"
+        content = file.read_bytes()
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises nothing narrower
             raise ValueError(f"{file} is not a readable tokenizer: {e}") from None
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
-        config = self._read("special_tokens_map.json") | self._read("tokenizer_config.json")
+        names = read_object(folder, "special_tokens_map.json")  # which older models have
+        names |= read_object(folder, "tokenizer_config.json")
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = config.get(name) or ""
+            token = names.get(name, "")
             self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
-        self.template = config.get("chat_template")
+        self.template = names.get("chat_template")
         if isinstance(self.template, list):  # several templates, each with a name
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
-        if (self.folder / "chat_template.jinja").exists():
-            self.template = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self.stop_ids = ()
-        for name in ("config.json", "generation_config.json"):  # the latter counts where both say
-            stop = self._read(name).get("eos_token_id")
-            if stop is not None:
-                self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
-
-    def _read(self, name):
-        """The object in a JSON file of the folder, {} if there is no such file."""
-        file = self.folder / name
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return {}
-        except ValueError as e:
-            raise ValueError(f"{file} is not valid JSON: {e}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{file} is not a JSON object")
-        return found
+        if (folder / "chat_template.jinja").exists():
+            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        config = read_object(folder, "config.json") | read_object(folder, "generation_config.json")
+        stop = config.get("eos_token_id", [])
+        self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
         if not self.template:
             return question
-        return render(self.template, messages=[{"role": "user", "content": question}], tools=None,
-                      documents=None, add_generation_prompt=True, **self.special_tokens)
+        try:
+            return compile_template(self.template).render(
+                messages=[{"role": "user", "content": question}], tools=None, documents=None,
+                add_generation_prompt=True, **self.special_tokens)
+        except Exception as e:  # a template may fail in any way that Python can
+            raise ValueError(f"the chat template fails: {' '.join(str(e).split())}") from None
 
     def prompt_ids(self, question):
         """The prompt's ids. A template writes the bos itself; without one the tokenizer adds it."""
@@ -214,48 +205,32 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def read_object(folder, name):
+    """The entries of a JSON file that are not null; none if there is no such file."""
+    try:
+        entries = json.loads((folder / name).read_text(encoding="utf-8")).items()
+    except FileNotFoundError:
+        return {}
+    except (ValueError, AttributeError) as e:  # AttributeError: valid JSON, but no object
+        raise ValueError(f"{folder / name} is not a JSON object: {e}") from None
+    return {key: value for key, value in entries if value is not None}
+
+
 @lru_cache(maxsize=4)
 def compile_template(template):
     """A chat template with the names that transformers gives it, sandboxed: it is foreign code."""
-    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj, attribute):  # jinja2 would print an empty string
-            raise jinja2.exceptions.SecurityError(f"access to {attribute!r} is unsafe")
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} stands for its content."""
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
     def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
+        raise ValueError(message)
 
-    def strftime_now(format):
-        return datetime.now().strftime(format)
-
-    def tojson(value, ensure_ascii=False, **options):  # jinja2's own escapes HTML
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True,
-                  extensions=[jinja2.ext.loopcontrols, Generation])
-    env.filters["tojson"] = tojson
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                        extensions=["jinja2.ext.loopcontrols"])
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
+    # {% generation %} ... {% endgeneration %} stands for its content, as {% with %} does.
+    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
     return env.from_string(template)
-
-
-def render(template, **variables):
-    """Fill in a chat template; ValueError in one line if it fails, or tries what it must not."""
-    try:
-        return compile_template(template).render(variables)
-    except ImportError:
-        raise ValueError("this model's chat template needs jinja2: pip install jinja2") from None
-    except Exception as e:  # a template may fail in any way that Python can
-        raise ValueError(f"the chat template fails: {' '.join(str(e).split())}") from None
 
 
 def ask(problem):
@@ -267,98 +242,83 @@ def ask(problem):
 
 # ---- Grading
 
-MARK = re.compile(r"####|\\boxed\s*(?={)|\banswer[\s*]*(?:\bis\b|:)[\s*:]*", re.IGNORECASE)
+MARK = re.compile(r"####|\\boxed\s*(?={)|\banswer\W*(?:is\b|:)[\s*:]*"
+                  r"|^(?=[(*]*[A-J][)*.]*\s*\Z)", re.IGNORECASE | re.MULTILINE)
 TYPESETTING = [  # (pattern, replacement): other ways to write the same
-    (r"\\(?:left|right)(?![a-z])|\\[!,()\[\]]", ""),
-    (r"(?<!\\)\$([^$]*)(?<!\\)\$", r"\1"),  # $formula$
-    (r"\\(?:text\w*|math(?:rm|bf|it)|mbox)\s*{([^{}]*)}", r" \1"),
-    (r"\\quad|\\[;: ]|(?<=\w)~", " "),
-    (r"\\([$%])|\{(,)\}", r"\1\2"),
+    (r"\\?[$%]|°|\^ ?{?\\circ}?|\\(?:left|right)\b|(?<!\\)\\[!,;: ()\[\]]|(?<=\d)~", ""),
+    (r"\\(?:text|math|mbox)\w*\s*{([^{}]*)}", r" \1"),
     (r"\\[dt]frac", r"\\frac"),
-    (r"−", "-"),
-    (r"\^ ?{? ?\\circ ?}?|\\degree|°", " degrees"),
-    (r"%", " percent"),
-    (r"^([\s*-]*)\$(-?[\d.,]*\d)", r"\1\2 dollars"),
+    (r"{(,)}|{(\d)}(?!\d)", r"\1\2"),  # 1{,}000, x^{2}
+    ("−", "-"),
+    (r"\s+", " "),
+    (r" ?([^\w ]) ?", r"\1"),
 ]
-FRACTION = re.compile(r"\\frac ?(?:{ ?(-?\d+) ?}|(\d))(?:{ ?(\d+) ?}|(\d))", re.ASCII)
-NUMBER = re.compile(
-    r"(-?) ?((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?: ?/ ?(0*[1-9]\d*))?"
-    # A unit: a word of at least four letters, for "17 xyz" is a product, or one of few short ones.
-    r"((?: [a-z]{4,}| ?(?:[ckm]m|[km]g|ml|ft|in|lb|hr|day|cup))(?:(?:/| per )[a-z]+)?(?:\^[23])?)?",
-    re.ASCII)
-NO_UNIT = re.compile(r" ?(more|less|fewer|over|plus|minus|squared|cubed|factorial|wrong|incorrect|"
-                     r"negative|recurring|repeating|doubled?|twice|dozen|half|halves|quarter|third|"
-                     r"times?|divided|multiplied|base|modulo|sqrt|root|point|remainder|below|than|"
-                     r"approx\w*|zero|four|five|seven|eight|nine|\w+teen|\w{3,4}ty|score|"
-                     r"hundred|thousand|\w+illion|(?!month)\w+th)s?\b")
-CHOICE = re.compile(r"\(?([A-J])(?:[).:]+(?! ?(?:and|or|nor|but|not|is|[A-J])\b)[^()]*)?")
-NO_FORMULA = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_|\\frac\d{3}|[.?!]$")  # words, bases, n!
+# A plural, or one of a few other words, is a unit: "17 more", "17 times" and "17 xyz" are not 17.
+UNIT = (r"(?!(?:less|plus|minus|times|dozens|halves|thirds|\w+(?<!mon)ths|thousands|\w+illions)\b)"
+        r"(?:[a-z]{3,}s|percent|people|children|feet|day|hour|cup|[ckm]m|[km]g|ml|ft|in|lb|"
+        r"per [a-z]+)(?:(?:/| per )[a-z]+)?(?:\^[23])?")
+# Before the number an option's letter, or the left side of an equation, may stand.
+NUMBER = re.compile(rf"(?:\([a-j]\)|[a-z+]+=)?(-?\d*\.?\d+|-?\d+/[1-9]\d*)(?: ?({UNIT}))?")
 
 
 def final_answer(text):
-    r"""The final answer that a response states, stripped, or None.
+    r"""The final answer that a response states, stripped; "" if it states none.
 
-    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ..." and "Answer: ..."; the
-    last mark counts. Without a mark only a last line that is a choice letter is an answer.
+    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ...", "Answer: ..." and a
+    last line that is a choice letter; the last mark counts.
     """
     for mark in reversed(list(MARK.finditer(text))):
-        if mark[0].startswith("\\"):
-            found = _braced(text[mark.end():mark.end() + 1000])
+        rest = text[mark.end():mark.end() + 1000].lstrip()
+        if mark[0] == "####":
+            found = rest.split("\n")[0]
+        elif mark[0].startswith("\\"):
+            found = _braced(rest)
         else:
-            found = text[mark.end():].lstrip().split("\n")[0]
-            if mark[0] != "####":
-                found = re.split(r"\.(?=\s|$)", found)[0]  # the end of the sentence
+            found = re.split(r"\n|\.\s", rest)[0]  # the sentence
         if found.strip():
             return found.strip().rstrip(".")
-    last_line = plain(text.strip().split("\n")[-1])
-    return last_line if re.fullmatch(r"\(?[A-J]\)?", last_line) else None
+    return ""
 
 
 def _braced(text):
     """What the brace at the start of a text encloses, "" if nothing closes it."""
     depth = 0
-    for i, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for brace in re.finditer("[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return text[1:i]
+            return text[1:brace.start()]
     return ""
 
 
 def plain(text):
-    """An answer without its typesetting: markdown, dollar signs, LaTeX's spaces and fonts."""
+    """An answer without its typesetting: markdown, signs of units, LaTeX's spaces and fonts."""
     for pattern, replacement in TYPESETTING:
         text = re.sub(pattern, replacement, text)
-    return " ".join(text.split()).lstrip("*` ").rstrip("*`.,; ")
+    return text.lstrip("*` ").rstrip("*`.,; ")
 
 
 def number(text):
-    """(value, unit) of a plain answer that is one number and perhaps a unit, else None.
+    """(value, unit or None) of a plain answer that is one number and perhaps a unit, else None.
 
-    The value is exact; the unit is in the singular, "" if there is none. Whatever might change the
-    value (5x, 5!, 5 or 6, 5 dozen) makes it no number.
+    The value is exact. Whatever might change it (5x, 5!, 5 or 6, 5 dozen) makes it no number.
     """
-    text = re.sub(r"^\(?[A-J]\) ?", "", text)  # an option's letter before its value
-    text = " ".join(FRACTION.sub(r" \1\2/\3\4 ", text).lower().split())
-    found = NUMBER.fullmatch(text)
-    if not found or len(text) > 200 or NO_UNIT.match(found[4] or ""):
-        return None
-    sign, digits, denominator, unit = found.groups("")
-    value = Fraction(sign + digits.replace(",", "")) / int(denominator or 1)
-    return value, unit.strip().rstrip("s")
+    text = re.sub(r"(?<!\d)\\frac ?({-?\d+}|\d)({\d+}|\d)(?!\d)", r"\1/\2", text.lower())
+    found = NUMBER.fullmatch(re.sub(r"[{}]|(?<=\d),(?=\d{3}(?!\d))", "", text))  # 1,000
+    return (Fraction(found[1]), found[2]) if found else None
 
 
 def same_latex(found, gold):
-    """Are two formulas equal in meaning? False where one of them is not a pure formula."""
-    if NO_FORMULA.search(found) or NO_FORMULA.search(gold):
+    """Are two LaTeX formulas equal in meaning? One with a word or a number base is not read."""
+    both = f"{found} {gold}"
+    if not re.search(r"[\\{]", both) or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_", both):
         return False
     try:
         from math_verify import LatexExtractionConfig, parse, verify
     except ImportError:
         warnings.warn("LaTeX answers must match as text; pip install math-verify compares meaning")
         return False
-    found = parse(f"${found}$", extraction_config=[LatexExtractionConfig()])
-    gold = parse(f"${gold}$", extraction_config=[LatexExtractionConfig()])
-    return bool(found and gold and verify(gold, found, float_rounding=12))
+    found, gold = (parse(f"${text}$", [LatexExtractionConfig()]) for text in (found, gold))
+    return verify(gold, found, float_rounding=12)
 
 
 def correct(response, answer):
@@ -367,53 +327,36 @@ def correct(response, answer):
     Choice letters compare as letters, numbers as numbers (a missing unit agrees with any), LaTeX by
     math-verify if that is installed, and the rest as text.
     """
-    found, gold = plain(final_answer(response) or ""), plain(answer)
-    if not found or not gold:
+    found, gold = plain(final_answer(response)), plain(answer)
+    if not found:
         return False
-    if re.fullmatch("[A-J]", gold):
-        letter = CHOICE.fullmatch(found.upper() if len(found) <= 3 else found)
-        return letter is not None and letter[1] == gold
-    if "=" not in gold:
-        found = re.sub(r"^[A-Za-z][A-Za-z+_ ]*=(?!.*=) ?", "", found)  # x = 5, m+n = 33
+    letter = gold.strip("()")
+    if re.fullmatch("[A-J]", letter):  # right are B, (b) and B) Paris, but not B) or C)
+        return bool(re.fullmatch(rf"\(?(?i:{letter})(?:[).:](?!.*\b[A-J]\b).*)?", found))
     if number(found) and number(gold):
         (value, unit), (gold_value, gold_unit) = number(found), number(gold)
         return value == gold_value and (unit == gold_unit or not unit or not gold_unit)
-    return _tight(found) == _tight(gold) or ("\\" in found + gold and same_latex(found, gold))
-
-
-def _tight(text):
-    """A text for comparison: small letters, no space beside punctuation, x^2 for x^{2}."""
-    return re.sub(r"{(\w)}", r"\1", re.sub(r" ?([^\w\s]) ?", r"\1", text.casefold()))
+    return found.casefold() == gold.casefold() or same_latex(found, gold)
 
 
 # ---- Data sets
 
-ROW = ("it needs question and answer or response (and options or context), problem and answer or "
-       "solution, query and response, prompt and response or reference, instruction and output, "
-       "or messages")
+ROW = "it needs question and answer, problem and solution, prompt and response, or messages"
 BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for besides
          "choice": r"Put the letter of your answer within \boxed{}."}
 
 
 def read_rows(file):
-    """Yield (number from 1, row) of each row of a JSONL file or of a JSON list.
+    """[(number from 1, row)] of a JSONL file, as lines of text, or of a JSON list, as objects.
 
-    Instead of a line that is not valid JSON comes its ValueError. A file of a hub data set is named
-    hf://datasets/OWNER/NAME/PATH. Raises OSError, or ValueError if the whole file is unreadable.
+    A file of a hub data set is named hf://datasets/OWNER/NAME/PATH. Raises OSError or ValueError.
     """
     try:
         text = Path(local(file)).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            yield from enumerate(json.loads(text), 1)
-            return
+        rows = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except ValueError as e:
         raise ValueError(f"{file} is not valid JSON: {e}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                yield number, json.loads(line)
-        except ValueError as e:
-            yield number, e
+    return [(number, row) for number, row in enumerate(rows, 1) if row != ""]
 
 
 def local(file):
@@ -450,26 +393,15 @@ def problem_from_row(row):
     if "instruction" in row:
         prompt = f"{row['instruction']}\n{row.get('input') or ''}".strip()
         row = {"prompt": prompt, "response": row["output"]}
-    if "answers" in row:
-        row = row | {"answer": row["answers"][0]}
-    answer = row.get("answer")
+    question = row.get("question") or row.get("problem") or row.get("query") or row["prompt"]
+    answer = row["answers"][0] if "answers" in row else row.get("answer")
+    response = row.get("response") or row.get("solution") or row.get("reference", "")
+    kind, lines = "maths", [question]
     options = row.get("options") or row.get("choices")
     if options:
-        letters = "ABCDEFGHIJ"[:len(options)]
+        kind, letters = "choice", "ABCDEFGHIJ"[:len(options)]
         if answer not in list(letters):
             answer = dict(enumerate(letters))[answer]
-    answer = "" if answer is None else str(answer)
-    question = row.get("question") or row.get("problem") or row.get("query") or row.get("prompt")
-    if not question:
-        raise ValueError("no question")
-    response = row.get("response") or row.get("solution") or row.get("reference", "")
-    if "question" in row and not response:
-        response = answer  # GSM8K's holds the worked solution
-    response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", response)
-
-    kind, lines = "maths", [question]
-    if options:
-        kind = "choice"
         lines += [f"({letter}) {text}" for letter, text in zip(letters, options, strict=True)]
     elif "context" in row:
         kind, lines = "passage", [row["context"], question]
@@ -477,8 +409,12 @@ def problem_from_row(row):
         kind, answer = "summary", response
     elif "prompt" in row and not re.search(r"####[^\n]*\s*$|\\boxed\s*{", response):
         kind = "text"
+    answer = "" if answer is None else str(answer)
+    if "question" in row and not response:
+        response = answer  # GSM8K's holds the worked solution
+    response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", response)
     if kind == "maths":
-        answer = final_answer(answer) or answer or final_answer(response) or ""
+        answer = final_answer(answer) or answer or final_answer(response)
     return Problem("\n".join(lines), response, answer, kind, row.get("level", steps or None))
 
 
@@ -492,16 +428,16 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
     names the file and the row.
     """
     found = []
+    needed = "answer" if evaluation else "response"
     for number, row in read_rows(file):
         if len(found) == count:
             break
         try:
-            if isinstance(row, ValueError):
-                raise row
-            problem = parse(row)
+            problem = parse(json.loads(row) if isinstance(row, str) else row)
             (problem.question + problem.response).encode()  # ValueError for half a surrogate pair
-            if not (problem.answer if evaluation else problem.response).strip():
-                raise ValueError("no answer" if evaluation else "no response")
+            for field in ("question", needed):
+                if not getattr(problem, field).strip():
+                    raise ValueError(f"no {field}")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
             message = f"{file}, line {number}: not a problem ({type(e).__name__}: {e}); {ROW}"
             if not skip_bad:
@@ -534,11 +470,9 @@ class Batch:
 
 def pad(sequences, device="cpu"):
     """Lists of ids -> (tokens [B, T] int64, zeros on the right, and lengths [B] int64)."""
-    lengths = torch.tensor([len(ids) for ids in sequences])
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.int64)
-    for i, ids in enumerate(sequences):
-        tokens[i, :len(ids)] = torch.tensor(ids)
-    return tokens.to(device), lengths.to(device)
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    return pad_sequence(tensors, batch_first=True).to(device), lengths
 
 
 def until_stop(ids, stop_ids):

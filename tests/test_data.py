@@ -247,7 +247,7 @@ def test_a_json_list_a_byte_order_mark_and_windows_line_ends(tmp_path):
     for text in (json.dumps([row, row], indent=1), "\ufeff" + "\n".join(lines),
                  "\r\n".join(lines) + "\r\n"):
         (tmp_path / "b.json").write_bytes(text.encode())
-        assert list(data.read_rows(tmp_path / "b.json")) == [(1, row), (2, row)]
+        assert data.read_problems(tmp_path / "b.json") == [data.problem_from_row(row)] * 2
     for text, says in (('[{"query": "1 +', "cut.json is not valid JSON"), ("[3]", "line 1: ")):
         (tmp_path / "cut.json").write_text(text)
         with pytest.raises(ValueError, match=says):

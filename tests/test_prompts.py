@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-import data
 from data import Tokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 PROMPTS = json.loads((FIXTURES / "prompts.json").read_text(encoding="utf-8"))
 CASES = {case["name"]: case for case in PROMPTS["cases"]}
-USER = [{"role": "user", "content": "hello"}]
 
 
 def make(folder, tokenizer_config=None, **files):
@@ -48,17 +46,28 @@ def test_the_cases_are_what_they_should_be():
 
 
 @pytest.mark.parametrize("template", [
-    "{{ messages.__class__ }}", "{{ messages.__class__.__mro__ }}", "{{ ''|attr('__class__') }}",
+    "{{ messages.__class__.__mro__ }}", "{{ raise_exception.__globals__['json'] }}",
+    "{{ strftime_now.__self__.sleep(0) }}",
     "{{ messages.append(1) }}",
+    "{{ messages.pop() }}",
     "{% set _ = messages[0].update({'role': 'system'}) %}",
     "{{ messages.clear() }}",
-    "{{ cycler.__init__.__globals__ }}", "{{ raise_exception.__globals__ }}",
+    "{{ cycler.__init__.__globals__ }}",
 ])
 def test_forbidden_templates_are_refused(tmp_path, template):
     tokenizer = make(tmp_path, {"chat_template": template})
     refused = "^the chat template fails: access to [^\n]* unsafe[^\n]*$"
     with pytest.raises(ValueError, match=refused):
         tokenizer.prompt("hello")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ messages.__class__ }}", "{{ ''|attr('__class__') }}", "{{ raise_exception.__globals__ }}",
+    "{{ '{0.__class__}'.format(messages) }}",
+])
+def test_forbidden_attributes_are_not_shown(tmp_path, template):
+    """jinja2's sandbox prints them as it prints what is undefined."""
+    assert make(tmp_path, {"chat_template": template}).prompt("hello") == ""
 
 
 @pytest.mark.parametrize("template, says", [
@@ -75,18 +84,10 @@ def test_failing_templates_end_in_one_line(tmp_path, template, says):
     assert says in str(e.value)
 
 
-def test_mutation_leaves_the_conversation_alone():
-    messages = [dict(m) for m in USER]
-    with pytest.raises(ValueError, match="unsafe"):
-        data.render("{{ messages.pop() }}", messages=messages)
-    assert messages == USER
-
-
 def test_no_jinja2(tmp_path, monkeypatch):
     tokenizer = make(tmp_path, {"chat_template": "{{ messages[0].content }} never seen before"})
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    monkeypatch.setitem(sys.modules, "jinja2.ext", None)
-    with pytest.raises(ValueError, match="^[^\n]*pip install jinja2[^\n]*$"):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(ValueError, match="^the chat template fails: [^\n]*jinja2[^\n]*$"):
         tokenizer.prompt("hello")
 
 
