@@ -1,7 +1,10 @@
 """Problems, data sets, batches. Run: python -m pytest tests/test_data.py"""
 
+import importlib.util
 import json
+import random
 import re
+import shutil
 import sys
 from dataclasses import astuple
 from pathlib import Path
@@ -50,10 +53,32 @@ def test_maths_answers_follow_from_the_story_and_the_chain():
     assert steps == set(range(2, 9))
 
 
-def test_reading_answers_stand_in_the_passage_and_need_no_arithmetic():
-    distinct = data.problems("reading", 150, seed=7, distinct=True)
-    for p in data.problems("reading", 150, seed=7) + distinct:
-        assert re.search(rf"\b{p.answer}\b", p.question) and not re.search(r"\d", p.question)
+def test_reading_asks_for_the_only_fact_of_its_kind():
+    """So the kind alone tells the fact; the answer is one of its values, told of the right person."""
+    kinds = set()
+    for p in data.problems("reading", 300, seed=7):
+        passage, question = re.fullmatch(r"(.*\.) (.*\?)", p.question).groups()
+        sentences = passage.split(". ")
+        assert 5 <= len(sentences) <= 8
+        found = []
+        for kind, (asks, values) in data.FACTS.items():
+            pattern = rf"\b{kind.format('(' + values.replace(' ', '|') + ')')}(?=[,. ]|$)"
+            told = [(s.split()[0], m[1]) for s in sentences for m in re.finditer(pattern, s)]
+            assert len(told) <= 1
+            for who, value in told:
+                found.append(kind)
+                if asks.format(who) == question:
+                    assert value == p.answer
+                    kinds.add(kind)
+                    assert p.response == f"{who} {kind.format(value)}. #### {value}"
+        assert 14 <= len(found) <= 16
+    assert kinds == set(data.FACTS) and len(kinds) >= 8
+
+
+def test_reading_prompts_have_60_to_120_tokens():
+    tokenizer = data.Tokenizer(TINY_MATH)
+    lengths = [len(tokenizer.prompt_ids(p.question)) for p in data.problems("reading", 300, seed=7)]
+    assert 60 <= min(lengths) and max(lengths) <= 120
 
 
 @pytest.mark.parametrize("kind", ["maths", "reading"])
@@ -66,21 +91,77 @@ def test_held_out_problems_never_occur_in_training(kind):
     assert all(data.held_out(q) for q in unseen) and not any(data.held_out(q) for q in training)
 
 
-def test_pretraining_draws_no_held_out_problem():
-    sys.path.insert(0, str(TINY_MATH))
-    import pretrain
+@pytest.fixture(scope="module")
+def pretrain():
+    """The script that trained the bundled model."""
+    spec = importlib.util.spec_from_file_location("pretrain", TINY_MATH / "pretrain.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pretraining_draws_no_held_out_problem(pretrain):
+    """Each question of a chat counts with the passage that stands before the first one."""
+    rng, questions, several = random.Random(0), 0, 0
+    for _ in range(1500):
+        turns = pretrain.make_chat(rng)
+        passage = ""
+        for question, response in turns:
+            if question.startswith(data.INSTRUCTION):
+                question = question.removeprefix(f"{data.INSTRUCTION} ")
+            elif not passage:
+                passage = question[:question.rindex(". ") + 2]
+            else:
+                question = passage + question
+            assert not data.held_out(question) and "####" in response
+        questions += len(turns)
+        several += len(turns) > 1
+    assert questions > 1500 and several > 300
+
+
+def test_pretraining_learns_the_responses_and_their_end(pretrain):
     tokenizer = data.Tokenizer(TINY_MATH)
-    tokens, mask = next(pretrain.batches(tokenizer, 64, seed=0))
-    for row, response in zip(tokens, mask):
-        prompt = tokenizer.decode(row[:response.nonzero()[0]].tolist())
-        question = prompt.removeprefix(data.INSTRUCTION + " ")
-        assert question.endswith("?") and not data.held_out(question)
-        assert row[response][-1] == 0 and "####" in tokenizer.decode(row[response].tolist())
+    turns = [("What is 1 + 1?", "1 + 1 = 2. #### 2"), ("And 2 + 2?", "2 + 2 = 4. #### 4")]
+    ids, mask = pretrain.encode_chat(tokenizer, turns)
+    learned = [token for token, wanted in zip(ids, mask) if wanted]
+    assert learned == tokenizer.encode(turns[0][1]) + [0] + tokenizer.encode(turns[1][1]) + [0]
+    assert ids[:ids.index(0)] == tokenizer.prompt_ids(turns[0][0]) + tokenizer.encode(turns[0][1])
 
 
-def test_distinct_reading_has_one_fact_of_each_kind():
-    for p in data.problems("reading", 100, seed=7, evaluation=True, distinct=True):
-        assert all(p.question.count(verb) == 1 for verb in (" lives ", " likes ", " has a "))
+def test_an_interrupted_pretraining_ends_with_the_same_weights(pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 1)
+    monkeypatch.setattr(pretrain, "GROUP", 2)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    monkeypatch.setattr(pretrain, "CONFIG", pretrain.CONFIG | small)
+    monkeypatch.setattr(pretrain, "make_tokenizer", copy_tokenizer)
+
+    def run(folder):
+        flags = ["--out", str(folder), "--steps", "4", "--batch-size", "2", "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags])
+        pretrain.main()
+        return (folder / "model.safetensors").read_bytes()
+
+    expected = run(tmp_path / "whole")
+    batches = pretrain.group_of_batches
+
+    def stop_at_the_second_group(tokenizer, args, group):
+        if group == 1:
+            raise KeyboardInterrupt
+        return batches(tokenizer, args, group)
+
+    monkeypatch.setattr(pretrain, "group_of_batches", stop_at_the_second_group)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts")
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    monkeypatch.setattr(pretrain, "group_of_batches", batches)
+    assert run(tmp_path / "parts") == expected
+    assert not (tmp_path / "parts" / "training.state").exists()
+
+
+def copy_tokenizer(folder):
+    """In place of training a tokenizer: the bundled one."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MATH / name, folder)
 
 
 def test_problems_are_reproducible():

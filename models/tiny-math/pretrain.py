@@ -79,23 +79,22 @@ def make_tokenizer(folder):
 # ---- training data
 
 def make_chat(rng):
-    """[(question, response)], the turns of a chat: two maths problems for each passage.
+    """[(question, response)], the turns of a chat without a held-out problem; perhaps none.
 
-    A passage is asked about several times, as that teaches more for the same tokens.
+    There are two maths problems for each passage. A passage is asked about several times, as that
+    teaches more for the same tokens.
     """
     if rng.random() < 2 / 3:
         problem = data.make_maths(rng)
-        return [(data.ask(problem), problem.response)]
+        return [] if data.held_out(problem.question) else [(data.ask(problem), problem.response)]
     passage, questions = data.make_passage(rng)
     rng.shuffle(questions)
-    turns = [(question, response) for question, response, _ in questions[:QUESTIONS]]
-    question, response = turns[0]
-    return [(f"{passage} {question}", response), *turns[1:]]
-
-
-def held_out(turns):
-    """Is the first question of a chat a problem of evaluation?"""
-    return data.held_out(turns[0][0].removeprefix(f"{data.INSTRUCTION} "))
+    turns = []
+    for question, response, _ in questions[:QUESTIONS]:
+        if not data.held_out(f"{passage} {question}"):
+            asked = question if turns else f"{passage} {question}"
+            turns.append((asked, response))
+    return turns
 
 
 def encode_chat(tokenizer, turns):
@@ -115,7 +114,7 @@ def group_of_batches(tokenizer, args, group):
     rows = []
     while len(rows) < args.batch_size * GROUP:
         turns = make_chat(rng)
-        if not held_out(turns):
+        if turns:
             rows.append(encode_chat(tokenizer, turns))
     rows.sort(key=lambda row: len(row[0]))  # chats of one batch have similar lengths
     found = []
