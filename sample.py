@@ -6,6 +6,7 @@ With --questions FILE --out FILE the full model writes an open training set.
 
 import argparse
 import json
+import os
 import re
 import sys
 import time
@@ -21,6 +22,7 @@ from model import DTYPES, Transformer, resolve
 BUNDLED = Path(__file__).resolve().parent / "models" / "tiny-math"
 HARD_SEED = 1  # of the problem that is answered without a prompt
 SHRINK = 0.75  # a batch drops its finished rows once so few are unfinished
+RED = "\033[31m{}\033[0m"  # a text in a terminal's escape codes
 
 
 # ---- decoding
@@ -55,7 +57,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     """
     limit = model.config.max_position_embeddings
     if not 0 < tokens.shape[1] < limit:
-        raise ValueError(f"a prompt of {tokens.shape[1]} tokens; the context holds 1 to {limit - 1}")
+        raise ValueError(f"{tokens.shape[1]} prompt tokens; the context holds 1 to {limit - 1}")
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     max_new_tokens = min(max_new_tokens, limit - tokens.shape[1])
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
@@ -297,29 +299,41 @@ def choose_variants(args):
     return ["full", "sparse", "sparse + Caprese"] if args.prompt is None else names
 
 
-def print_steps(steps, tokenizer, out):
-    """Print the text of one answer as its tokens come, and pass the tokens on."""
+def print_steps(steps, tokenizer, out, full_ids):
+    """Print the text of one answer as its tokens come, and pass the tokens on.
+
+    From the first token on that is not the full model's, it is red on a terminal, but not if
+    NO_COLOR is set (no-color.org). Else a caret below the answer points at where that begins.
+    """
     from tokenizers.decoders import DecodeStream
-    decoder = DecodeStream(skip_special_tokens=True)
-    for token in steps:
-        text = decoder.step(tokenizer.tokenizer, token.item()) or ""
-        print(text, end="", file=out, flush=True)
+    decoder, text, column = DecodeStream(skip_special_tokens=True), "", None
+    colored = out.isatty() and not os.environ.get("NO_COLOR")
+    for number, token in enumerate(steps):
+        if full_ids and column is None and token.item() != full_ids[number]:
+            column = len(text)
+        new = decoder.step(tokenizer.tokenizer, token.item()) or ""
+        text += new
+        shown = RED.format(new) if colored and column is not None else new
+        print(shown, end="", file=out, flush=True)
         yield token
     print(file=out)
+    if column is not None and not colored:
+        print("^".rjust(column + 1), file=out)
 
 
-def answer(model, tokenizer, question, args, out):
+def answer(model, tokenizer, question, args, out, full_ids=()):
     """Stream one answer to `out`, or print args.n samples when they are done.
 
-    Returns a row for --json. tokens_per_second is of all samples together, after the first token
-    of each.
+    full_ids are the tokens of the full model's answer, if this one is to be compared. Returns a row
+    for --json and the tokens of the (last) answer. tokens_per_second is of all samples together,
+    after the first token of each.
     """
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
     generator = torch.Generator(model.device).manual_seed(args.seed)
     steps = stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
                    tokenizer.stop_ids, samples=args.n, generator=generator)
     if args.n == 1:
-        steps = print_steps(steps, tokenizer, out)
+        steps = print_steps(steps, tokenizer, out, full_ids)
     columns, times, samples = [], [], []
     for tokens in steps:
         columns.append(tokens.tolist())
@@ -331,8 +345,10 @@ def answer(model, tokenizer, question, args, out):
             print(f"[{number}] {samples[-1]['response']}", file=out)
     total = sum(sample["tokens"] for sample in samples)
     rate = (total - args.n) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    differences = [i for i, (token, full) in enumerate(zip(ids, full_ids)) if token != full]
     row = samples[0] if args.n == 1 else {"samples": samples, "tokens": total}
-    return row | {"tokens_per_second": round(rate, 1)}
+    return row | {"tokens_per_second": round(rate, 1),
+                  "leaves_full_at": differences[0] if differences else None}, ids
 
 
 def print_answers(args, out):
@@ -341,7 +357,7 @@ def print_answers(args, out):
     model, tokenizer = load(args)
     print(f"Answering with {args.model or 'the bundled model'} on {args.device}: at most "
           f"{args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
-    question, problem, rows = args.prompt, None, []
+    question, problem, full_ids, rows = args.prompt, None, (), []
     if question is None:
         problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
         question = data.ask(problem)
@@ -352,13 +368,14 @@ def print_answers(args, out):
         if name == "sparse + Caprese":
             caprese.load_adapter(model, args.adapter, args.density)
         print(f"\n{name}: {describe(model)}", file=out)
-        row = {"method": name} | answer(model, tokenizer, question, args, out)
+        row, ids = answer(model, tokenizer, question, args, out, full_ids)
         verdict = ""
         if problem and args.n == 1:
+            full_ids = full_ids or ids  # the full model answers first
             row["correct"] = data.correct(row["response"], problem.answer)
             verdict = ", right" if row["correct"] else ", wrong"
         print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
-        rows.append(row)
+        rows.append({"method": name} | row)
     return {"prompt": question, "rows": rows}
 
 

@@ -1,5 +1,6 @@
 """Decoding, sampling, the command line. Run: python -m pytest tests/test_sample.py"""
 
+import io
 import json
 import subprocess
 import sys
@@ -130,12 +131,15 @@ def test_command_answers_three_ways():
     for row in rows:
         shown = f"{row['response']}\n"  # what streamed is what is reported
         assert shown in done.stderr and isinstance(row["correct"], bool)
+        assert row["leaves_full_at"] is not None or row["response"] == rows[0]["response"]
+    marks = [line for line in done.stderr.splitlines() if line.strip() == "^"]
+    assert len(marks) == sum(row["leaves_full_at"] is not None for row in rows)
 
 
 def test_command_answers_a_prompt(run):
     code, out, _ = run(QUESTION, "--json")
     row = json.loads(out)["rows"][0]
-    assert code == 0 and data.correct(row["response"], "17")
+    assert code == 0 and data.correct(row["response"], "17") and row["leaves_full_at"] is None
     _, out, _ = run(QUESTION, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8",
                     "-n", "3", "--seed", "3")
     assert len(json.loads(out)["rows"][0]["samples"]) == 3
@@ -206,6 +210,78 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
 def test_bad_input_is_one_line_and_exit_code_2(args, words, run):
     code, _, err = run(*args)
     assert code == 2 and words in err.splitlines()[-1]
+
+
+# ---- where an answer leaves the full model's
+
+@pytest.fixture(scope="module")
+def bundled():
+    """(model, tokenizer) of the bundled model."""
+    return sample.Transformer.from_pretrained(sample.BUNDLED), data.Tokenizer(sample.BUNDLED)
+
+
+@pytest.fixture
+def compare(bundled, monkeypatch):
+    """A function: (what is printed, the row, the tokens) of an answer, beside full_ids."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "x", "--device", "cpu"])
+
+    def call(full_ids=(), terminal=False):
+        out = io.StringIO()
+        out.isatty = lambda: terminal
+        row, ids = sample.answer(*bundled, QUESTION, sample.arguments(), out, full_ids)
+        return out.getvalue(), row, ids
+    return call
+
+
+def other_at(ids, number):
+    """The same tokens but for one."""
+    return [*ids[:number], ids[number] + 1, *ids[number + 1:]]
+
+
+@pytest.mark.parametrize("number", [0, 4, -1])
+def test_a_caret_points_at_the_first_other_token(number, bundled, compare):
+    plain, row, ids = compare()
+    number %= len(ids)  # the last one is the stop token, which has no text: behind the answer
+    printed, row, _ = compare(other_at(ids, number))
+    assert row["leaves_full_at"] == number
+    before = bundled[1].decode(ids[:number])
+    assert printed == plain + " " * len(before) + "^\n"
+
+
+@pytest.mark.parametrize("no_color", [None, ""])
+def test_on_a_terminal_the_rest_is_red(no_color, bundled, compare, monkeypatch):
+    plain, _, ids = compare()
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    printed, row, _ = compare(other_at(ids, 4), terminal=True)
+    assert row["leaves_full_at"] == 4
+    first, *red = printed.split("\033[31m")
+    assert first == bundled[1].decode(ids[:4]) and len(red) > 1
+    assert all(part.count("\033[0m") == 1 for part in red)
+    assert printed.replace("\033[31m", "").replace("\033[0m", "") == plain
+    assert printed.endswith("\033[0m\n")
+
+
+def test_no_color_gives_a_caret_on_a_terminal(compare, monkeypatch):
+    _, _, ids = compare()
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = [compare(other_at(ids, 4), terminal)[0] for terminal in (False, True)]
+    assert printed[0] == printed[1] and "^" in printed[1] and "\033" not in printed[1]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_equal_answer_has_no_mark(terminal, compare):
+    plain, _, ids = compare()
+    printed, row, _ = compare(ids, terminal)
+    assert printed == plain and row["leaves_full_at"] is None
+
+
+def test_several_samples_have_no_mark(run):
+    code, out, err = run("--json", "-n", "2", "--max-new-tokens", "4")
+    assert code == 0 and "^" not in err and "\033" not in err
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 3 and all(row["leaves_full_at"] is None for row in rows)
 
 
 # ---- a training set of one's own
