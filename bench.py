@@ -25,12 +25,9 @@ from model import Config, Transformer, read_json, resolve
 
 PEER = "transformers"  # the row of Hugging Face generate
 TABLES = {  # title: columns, beside the row's name and its number of generated tokens
-    "Time of one sequence, medians of the rounds": (
-        "prefill s", "total s", "ms per token", "bound ms", "bandwidth reached"),
-    "Ratios of the time per token, medians of the rounds": (
-        "ratio to full", "ratio bytes allow", "saving reached", "ratio to uncorrected"),
-    "Memory": (
-        "MB per token", "memory GB/s", "weights MB", "copies MB", "cache MB"),
+    "Time": ("prefill s", "total s", "ms per token", "bound ms", "bandwidth reached"),
+    "Ratios": ("ratio to full", "ratio bytes allow", "saving reached", "ratio to uncorrected"),
+    "Memory": ("MB per token", "memory GB/s", "weights MB", "copies MB", "cache MB"),
 }
 
 
@@ -44,13 +41,10 @@ def sizes(family, hidden_size, intermediate_size, layers, heads, key_value_heads
 
 
 QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "rope_theta": 500000.0,
-         "max_position_embeddings": 131072}
+LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
 TIED_LLAMA = LLAMA | {"tie_word_embeddings": True}
-GEMMA = {"model_type": "gemma2", "vocab_size": 256000, "head_dim": 256,
-         "max_position_embeddings": 8192}
-SMOLLM = {"model_type": "llama", "vocab_size": 49152, "rope_theta": 100000.0,
-          "max_position_embeddings": 8192, "tie_word_embeddings": True}
+GEMMA = {"model_type": "gemma2", "vocab_size": 256000, "max_position_embeddings": 8192}
+SMOLLM = TIED_LLAMA | {"vocab_size": 49152, "max_position_embeddings": 8192}
 SHAPES = {  # config.json, as far as sizes go, of the paper's models and of a small one
     "r1-distill-qwen-1.5b": sizes(QWEN | {"vocab_size": 151936}, 1536, 8960, 28, 12, 2),
     "r1-distill-qwen-7b": sizes(QWEN, 3584, 18944, 28, 28, 4),
@@ -66,16 +60,11 @@ SHAPES = {  # config.json, as far as sizes go, of the paper's models and of a sm
 DEFAULT_SHAPE = "llama-3.2-1b"
 
 
-def read_config(args):
-    """The config.json of --shape or of --model, as a dictionary."""
-    return SHAPES[args.shape] if args.shape else read_json(resolve(args.model) / "config.json")
-
-
-def make_model(args, config):
-    """The model of --model, or one with random weights by config.json's dictionary for --shape."""
+def make_model(args):
+    """The model of --model, or one with random weights for --shape."""
     dtype = sample.choose_dtype(args)
     if args.shape:
-        return random_model(config, args.device, dtype or torch.bfloat16)
+        return random_model(args.config, args.device, dtype or torch.bfloat16)
     return Transformer.from_pretrained(args.model, args.device, dtype)
 
 
@@ -119,15 +108,11 @@ def active_parameters(model):
     """
     active = sum(p.numel() for p in model.parameters())
     for ff in caprese.sparse_layers(model).values():
-        D, intermediate_size = ff.gate_proj.in_features, ff.gate_proj.out_features
-        dropped = intermediate_size - ff.num_kept
-        if ff.method == "cats":
-            active -= 2 * D * dropped
-        if ff.method == "griffin":
-            active -= 3 * D * dropped
-            for p in ff.adapter_parameters().values():
-                if intermediate_size in p.shape:  # a factor that LoRA puts beside the neurons
-                    active -= p.numel() // intermediate_size * dropped
+        skipped = {"griffin": ff.parameters(), "cats": [ff.up_proj.weight, ff.down_proj.weight]}
+        intermediate_size = ff.gate_proj.out_features
+        for p in skipped.get(ff.method, []):
+            if intermediate_size in p.shape:  # it has a part for each neuron
+                active -= p.numel() // intermediate_size * (intermediate_size - ff.num_kept)
     return active
 
 
@@ -190,8 +175,7 @@ def time_model(model, prompt, generated, reselect):
     steps = sample.stream(model, prompt, generated, reselect=reselect)
     next(steps)
     first = clock(model.device)
-    for _ in steps:
-        pass
+    list(steps)
     return first - start, clock(model.device) - start
 
 
@@ -205,26 +189,25 @@ def time_peer(peer, prompt, generated):
     return marks[1] - marks[0], marks[2] - marks[1]
 
 
-def variants(args, config):
+def variants(args):
     """{name of a row: the arguments of caprese.attach, or None for the full model}.
 
-    config is config.json's dictionary. Raises ValueError if the flags do not fit this model.
+    Raises ValueError if the flags do not fit this model.
     """
-    with torch.device("meta"):
-        model = Transformer(Config.from_dict(config))
-    config = model.config
+    config = Config.from_dict(args.config)
     limit, total = config.max_position_embeddings, args.prompt + max(args.generate)
     if total > limit:
         raise ValueError(f"{total} tokens are asked for, but the model's context ends at {limit}")
-    rank = {"rank": args.rank or min(256, config.hidden_size // 8)}
     griffin = {"method": "griffin", "density": args.density}
-    griffin_all = griffin | {"layers": range(config.num_hidden_layers)}
-    cats = griffin | {"method": "cats"}
-    rows = {"full": None,
-            "GRIFFIN": griffin, "GRIFFIN + Caprese": griffin | rank,
-            "GRIFFIN all layers": griffin_all, "GRIFFIN + Caprese all layers": griffin_all | rank,
-            "CATS": cats, "CATS + Caprese": cats | rank}
-    caprese.attach(model, **rows["CATS + Caprese"])  # without memory: bad numbers end here
+    methods = {"GRIFFIN": griffin, "CATS": griffin | {"method": "cats"},
+               "GRIFFIN all layers": griffin | {"layers": range(config.num_hidden_layers)}}
+    rank = args.rank or min(256, config.hidden_size // 8)
+    rows = {"full": None}
+    for name, settings in methods.items():
+        rows[name] = settings
+        rows[f"{name} + Caprese"] = settings | {"rank": rank}
+    with torch.device("meta"):  # without memory: bad numbers end here
+        caprese.attach(Transformer(config), **rows["CATS + Caprese"])
     if not set(args.only or []) <= set(rows):
         raise ValueError(f"--only must name rows of these: {', '.join(rows)}")
     return {name: rows[name] for name in args.only or rows}
@@ -235,86 +218,64 @@ def measure(model, rows, args, peer=None):
 
     rows is what variants() returns, possibly with more of the kind. peer is a row of its own.
     """
-    device = model.device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=device,
-                           generator=generator)
-    names = [*rows, PEER] if peer else list(rows)
-    times = {(name, n): [] for n in args.generate for name in names}
-    accounts, speeds = {}, []
+    torch.manual_seed(args.seed)
+    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
+    if peer:
+        rows = rows | {PEER: None}
+    rounds = {(name, n): [] for n in args.generate for name in rows}
     for _ in tqdm(range(args.repeats), desc="rounds", leave=False, disable=None):
-        speeds.append(memory_speed(device))
-        for name, n in times:
-            settings = rows.get(name)
+        speed = memory_speed(model.device)
+        for name, n in rounds:
             caprese.detach(model)
-            if settings:
-                caprese.attach(model, **settings)
-            reselect = args.reselect if settings else None
+            if rows[name]:
+                caprese.attach(model, **rows[name])
+            reselect = args.reselect if rows[name] else None
             # The first run warms up. On a GPU it records the graphs, so it takes as many tokens.
-            for tokens in (n if device.type == "cuda" else min(n, 3), n):
+            for tokens in (n if prompt.is_cuda else min(n, 3), n):
                 if name == PEER:
-                    seconds = time_peer(peer, prompt, tokens)
+                    prefill, total = time_peer(peer, prompt, tokens)
                 else:
-                    seconds = time_model(model, prompt, tokens, reselect)
-            times[name, n].append(seconds)
-            accounts[name, n] = account(model, args.prompt, n, reselect)
+                    prefill, total = time_model(model, prompt, tokens, reselect)
+            rounds[name, n].append(account(model, args.prompt, n, reselect) | {
+                "prefill s": prefill, "total s": total, "memory GB/s": speed / 1e9,
+                "ms per token": 1e3 * (total - prefill) / (n - 1)})
     caprese.detach(model)
-    speed = statistics.median(speeds)
-    return [result(name, n, rows, times, accounts[name, n], speed) for name, n in times]
+    return [result(name, n, rounds) for name, n in rounds]
 
 
-def uncorrected(name, rows):
-    """The name of the row of the same method without its correction; None if there is none."""
-    settings = rows.get(name) or {}
-    if "rank" not in settings:
-        return None
-    alone = {key: value for key, value in settings.items() if key not in ("rank", "block")}
-    return next((other for other in rows if rows[other] == alone), None)
+def median_ratio(rounds, others):
+    """Of the times per token, within each round: noise that lasts is in both."""
+    pairs = zip(rounds, others)
+    return statistics.median(one["ms per token"] / other["ms per token"] for one, other in pairs)
 
 
-def result(name, n, rows, times, used, speed):
-    """One row of the tables, from the times of all rounds; speed is in bytes per second."""
-    def per_token(row):
-        return [(total - prefill) / (n - 1) for prefill, total in times[row, n]]
-
-    def ratio_to(other):  # within each round, for noise that lasts is in both
-        if (other, n) not in times:
-            return None
-        return statistics.median(a / b for a, b in zip(per_token(name), per_token(other)))
-
-    seconds = statistics.median(per_token(name))
-    bound, ratio = 1e6 * used["MB per token"] / speed, ratio_to("full")
-    saving = None  # the share of what the bytes allow to save
-    if ratio and used["ratio bytes allow"] < 1:
-        saving = (1 - ratio) / (1 - used["ratio bytes allow"])
-    return used | {
-        "row": name, "generated": n,
-        "prefill s": statistics.median(prefill for prefill, _ in times[name, n]),
-        "total s": statistics.median(total for _, total in times[name, n]),
-        "ms per token": 1e3 * seconds, "bound ms": 1e3 * bound,
-        "bandwidth reached": bound / seconds, "memory GB/s": speed / 1e9,
-        "ratio to full": ratio, "saving reached": saving,
-        "ratio to uncorrected": ratio_to(uncorrected(name, rows))}
+def result(name, n, rounds):
+    """One row of the tables: medians of its rounds, and what follows from them."""
+    own, full = rounds[name, n], rounds.get(("full", n))
+    row = {column: statistics.median(one[column] for one in own) for column in own[0]}
+    row |= {"row": name, "generated": n, "ratio to full": None, "saving reached": None,
+            "ratio to uncorrected": None}
+    row["bound ms"] = row["MB per token"] / row["memory GB/s"]  # 1e6 / 1e9 s
+    row["bandwidth reached"] = row["bound ms"] / row["ms per token"]
+    if full:
+        row["ratio to full"] = median_ratio(own, full)
+    if full and row["ratio bytes allow"] < 1:
+        row["saving reached"] = (1 - row["ratio to full"]) / (1 - row["ratio bytes allow"])
+    method, plus, _ = name.partition(" + ")
+    if plus and (method, n) in rounds:
+        row["ratio to uncorrected"] = median_ratio(own, rounds[method, n])
+    return row
 
 
 # ---- python bench.py
 
-def format_results(results):
-    """The tables of what measure() returns, as text."""
-    text = ""
-    for title, columns in TABLES.items():
-        cells = [{name: row[name] for name in ("row", "generated", *columns)} for row in results]
-        text += f"{title}\n{sample.format_table(cells)}\n\n"
-    return text.rstrip()
-
-
 def arguments(argv=None):
     """The command line, its defaults filled in; ValueError for what cannot be measured."""
-    parser = sample.ArgumentParser(description=__doc__.splitlines()[0],
-                                   conflict_handler="resolve")
+    parser = sample.ArgumentParser(description=__doc__.splitlines()[0], conflict_handler="resolve")
     add = sample.common_arguments(parser).add_argument
-    add("--model", help="folder in the official layout or hub repo id (default: --shape)")
-    add("--shape", choices=SHAPES, help=f"random weights of this shape (default: {DEFAULT_SHAPE})")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--model", help="folder in the official layout or hub repo id")
+    group.add_argument("--shape", choices=SHAPES, help=f"random weights (default: {DEFAULT_SHAPE})")
     add("--prompt", type=sample.positive, default=128, help="prompt tokens (default: %(default)s)")
     add("--generate", type=int, nargs="+", default=[32], help="generated tokens (default: 32)")
     add("--reselect", type=sample.positive, help="rho: reselect every so many tokens")
@@ -322,32 +283,31 @@ def arguments(argv=None):
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
     add("--peer", choices=[PEER], help="a row of Hugging Face generate on the same weights")
     add("--density", type=float, default=0.5, help="kept neurons in (0, 1] (default: %(default)s)")
-    add("--rank", type=sample.positive,
-        help="r (default: 256, but at most an eighth of the hidden size)")
+    add("--rank", type=sample.positive, help="r (default: 256, or an eighth of the hidden size)")
     args = parser.parse_args(argv)
     if min(args.generate) < 2:
         raise ValueError("--generate must be at least 2: the first token comes from the prefill")
-    if args.model and args.shape:
-        raise ValueError("give --model or --shape, not both")
     if args.peer and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer transformers needs it: pip install transformers")
     sample.check_device(args.device)
     if not args.model:  # choose_dtype takes a run without --model for the bundled model
         args.model = args.shape = args.shape or DEFAULT_SHAPE
+    args.config = SHAPES.get(args.shape) or read_json(resolve(args.model) / "config.json")
     return args
 
 
 def main():
     args = arguments()
-    config = read_config(args)
-    rows = variants(args, config)
+    rows = variants(args)
     out = sys.stderr if args.json else sys.stdout
     print(f"Timing {args.model} on {args.device} with {torch.get_num_threads()} CPU threads: "
-          f"a prompt of {args.prompt} tokens, {args.repeats} rounds.\n", file=out)
-    model = make_model(args, config)
-    peer = make_peer(model, config) if args.peer else None
+          f"a prompt of {args.prompt} tokens, medians of {args.repeats} rounds.", file=out)
+    model = make_model(args)
+    peer = make_peer(model, args.config) if args.peer else None
     results = measure(model, rows, args, peer)
-    print(format_results(results), file=out)
+    for title, columns in TABLES.items():
+        cells = [{name: row[name] for name in ("row", "generated", *columns)} for row in results]
+        print(f"\n{title}\n{sample.format_table(cells)}", file=out)
     if args.json:
         print(json.dumps({"dtype": str(model.dtype).removeprefix("torch."), "rows": results}))
 

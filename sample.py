@@ -6,7 +6,8 @@ With --questions FILE --out FILE the full model writes an open training set.
 
 import argparse
 import json
-import math
+import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -19,9 +20,9 @@ import data
 from model import DTYPES, Transformer, resolve
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "tiny-math"
-BUNDLED_DENSITY = 0.6  # where GRIFFIN costs the bundled model its maths but not its reading
-HARD_SEED = 1          # of the problem that is answered without a prompt
-SHRINK = 0.75          # a batch drops its finished rows once so few are unfinished
+HARD_SEED = 1  # of the problem that is answered without a prompt
+SHRINK = 0.75  # a batch drops its finished rows once so few are unfinished
+RED = "\033[31m{}\033[0m"  # a text in a terminal's escape codes
 
 
 # ---- decoding
@@ -56,8 +57,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     """
     limit = model.config.max_position_embeddings
     if not 0 < tokens.shape[1] < limit:
-        raise ValueError(f"the prompt has {tokens.shape[1]} tokens, but the model's context holds "
-                         f"1 to {limit - 1} before an answer")
+        raise ValueError(f"{tokens.shape[1]} prompt tokens; the context holds 1 to {limit - 1}")
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     max_new_tokens = min(max_new_tokens, limit - tokens.shape[1])
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
@@ -72,13 +72,12 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
             token = torch.where(done, stops[0], token)
             done = done | torch.isin(token, stops)
         yield token
-        if count == max_new_tokens or stop_ids and done.all():
+        unfinished = (~done[active]).nonzero().flatten() if stop_ids else active
+        if count == max_new_tokens or len(unfinished) == 0:
             return
-        if stop_ids:
-            unfinished = (~done[active]).nonzero().flatten()
-            if len(unfinished) <= SHRINK * len(active):
-                active = active[unfinished]
-                step = reorder(model, step, unfinished)
+        if len(unfinished) <= SHRINK * len(active):
+            active = active[unfinished]
+            step = reorder(model, step, unfinished)
         since_selection.append(token)
         if len(since_selection) == reselect:
             logits = reselect_neurons(model, step, torch.stack(since_selection, dim=1)[active])
@@ -90,12 +89,10 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
 
 def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1):
     """ValueError, in one line, for settings out of range."""
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1]")
-    for name, value in (("max_new_tokens", max_new_tokens), ("samples", samples),
-                        ("reselect", reselect)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if max_new_tokens < 1 or samples < 1 or (reselect is not None and reselect < 1):
+        raise ValueError("max_new_tokens, samples and reselect must be at least 1")
 
 
 def prefill(model, tokens, max_new_tokens, prompt_lengths=None, samples=1):
@@ -110,16 +107,25 @@ def prefill(model, tokens, max_new_tokens, prompt_lengths=None, samples=1):
         lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
     caprese.reset(model)
-    with caprese.phase(model, "prompt", mask):
-        hidden_states = model.model(tokens, step.cache)
+    hidden_states = count_and_select(model, step, tokens, mask)
     step.cache.set_lengths(lengths)
-    caprese.select(model)
-    step.check_graphs()
     logits = model.logits(hidden_states[rows, lengths - 1])
     if samples > 1:
         rows = rows.repeat_interleave(samples)
         logits, step = logits[rows], reorder(model, step, rows)
     return step, logits
+
+
+def count_and_select(model, step, tokens, mask=None):
+    """Run tokens [B, T] through the full model, which are counted where mask [B, T], and select.
+
+    Returns the hidden states [B, T, D].
+    """
+    with caprese.phase(model, "prompt", mask):
+        hidden_states = model.model(tokens, step.cache)
+    caprese.select(model)
+    step.check_graphs()
+    return hidden_states
 
 
 def reselect_neurons(model, step, tokens):
@@ -130,11 +136,7 @@ def reselect_neurons(model, step, tokens):
     is the full model.
     """
     step.cache.advance(1 - tokens.shape[1])
-    with caprese.phase(model, "prompt"):
-        hidden_states = model.model(tokens, step.cache)
-    caprese.select(model)
-    step.check_graphs()
-    return model.logits(hidden_states[:, -1])
+    return model.logits(count_and_select(model, step, tokens)[:, -1])
 
 
 def reorder(model, step, rows):
@@ -143,11 +145,9 @@ def reorder(model, step, rows):
     return step.reorder(rows)
 
 
-def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None,
-             stop_ids=(), **kwargs):
-    """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
-    steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids, **kwargs)
-    return torch.stack(list(steps), dim=1)
+def generate(model, tokens, max_new_tokens, **settings):
+    """All of stream() at once, with its settings: [B * samples, <= max_new_tokens] int64."""
+    return torch.stack(list(stream(model, tokens, max_new_tokens, **settings)), dim=1)
 
 
 # ---- many questions
@@ -158,9 +158,7 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **k
     They are decoded in batches of similar prompt lengths, so the indices come in another order.
     """
     prompts = [tokenizer.prompt_ids(question) for question in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start:start + batch_size]
+    for indices in data.batch_indices([[prompt] for prompt in prompts], batch_size):
         tokens, lengths = data.pad([prompts[i] for i in indices], model.device)
         new = generate(model, tokens, max_new_tokens, stop_ids=tokenizer.stop_ids,
                        prompt_lengths=lengths, **kwargs)
@@ -174,10 +172,9 @@ def evaluate(model, tokenizer, problems, **kwargs):
     right, tokens = 0, 0
     responses = respond(model, tokenizer, [data.ask(problem) for problem in problems], **kwargs)
     bar = tqdm(responses, total=len(problems), desc=problems[0].kind, leave=False, disable=None)
-    for done, (i, response, count) in enumerate(bar, 1):
+    for i, response, count in bar:
         right += data.correct(response, problems[i].answer)
         tokens += count
-        bar.set_postfix(accuracy=f"{right / done:.3f}", refresh=False)
     return right / len(problems), tokens / len(problems)
 
 
@@ -199,16 +196,13 @@ def positive(text):
 
 def common_arguments(parser):
     """Add the flags that every script takes; returns the parser."""
-    parser.add_argument("--model", help="folder in the official layout or hub repo id "
-                        "(default: the bundled model)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: the checkpoint's own; on a CPU "
-                        "bfloat16 if it has instructions for it, else float32; for the bundled "
-                        "model float32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true",
-                        help="one JSON object on stdout, everything else on stderr")
+    add = parser.add_argument
+    add("--model", help="folder in the official layout or hub repo id (default: the bundled model)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="default: %(default)s")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own, or what this CPU does best")
+    add("--seed", type=int, default=0)
+    add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     return parser
 
 
@@ -243,20 +237,20 @@ def load(args, onto=None):
     return model, data.Tokenizer(folder)
 
 
+def format_cell(value):
+    """A value as the text of a table."""
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "-" if value is None else str(value)
+
+
 def format_table(rows):
     """Dictionaries of equal keys as aligned text."""
-    lines = [list(rows[0])]
-    for row in rows:
-        cells = []
-        for value in row.values():
-            text = f"{value:.3f}" if isinstance(value, float) else str(value)
-            cells.append("-" if value is None else text)
-        lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        line[1:] = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:])]
+    cells = [list(rows[0])] + [[format_cell(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells:
         line[0] = line[0].ljust(widths[0])
-    return "\n".join("  ".join(line) for line in lines)
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in cells)
 
 
 def run_command(main):
@@ -285,203 +279,198 @@ def describe(model):
     return f"{ff.method}, {kept} in {len(layers)} of {len(model.model.layers)} layers{correction}"
 
 
-def answer(model, tokenizer, question, args, out):
-    """Stream one answer to `out`, or print args.n samples when they are done; a row for --json.
+def choose_variants(args):
+    """The names of the variants that answer; fills in args.method, density, layers and adapter.
 
-    tokens_per_second is of all samples together, after the first token of each.
+    Raises OSError or ValueError for an adapter that cannot be used.
+    """
+    about, names = {}, ["sparse" if args.method or args.density else "full"]
+    if args.prompt is None:
+        if args.model:
+            raise ValueError("give a prompt: only the bundled model has a problem of its own")
+        args.adapter = args.adapter or BUNDLED / f"{args.method or 'griffin'}.safetensors"
+    if args.adapter:
+        about, names = caprese.read_adapter(args.adapter)[1], ["sparse + Caprese"]
+        if args.method not in (None, about["method"]):
+            raise ValueError(f"{args.adapter} is for {about['method']}, not for {args.method}")
+    args.method = about.get("method", args.method or "griffin")
+    args.density = args.density or about.get("density", 0.5)
+    args.layers = about.get("layers")
+    return ["full", "sparse", "sparse + Caprese"] if args.prompt is None else names
+
+
+def print_steps(steps, tokenizer, out, full_ids):
+    """Print the text of one answer as its tokens come, and pass the tokens on.
+
+    From the first token on that is not the full model's, it is red on a terminal, but not if
+    NO_COLOR is set (no-color.org). Else a caret below the answer points at where that begins.
     """
     from tokenizers.decoders import DecodeStream
+    decoder, text, column = DecodeStream(skip_special_tokens=True), "", None
+    colored = out.isatty() and not os.environ.get("NO_COLOR")
+    for number, token in enumerate(steps):
+        if full_ids and column is None and token.item() != full_ids[number]:
+            column = len(text)
+        new = decoder.step(tokenizer.tokenizer, token.item()) or ""
+        text += new
+        shown = RED.format(new) if colored and column is not None else new
+        print(shown, end="", file=out, flush=True)
+        yield token
+    print(file=out)
+    if column is not None and not colored:
+        print("^".rjust(column + 1), file=out)
+
+
+def answer(model, tokenizer, question, args, out, full_ids=()):
+    """Stream one answer to `out`, or print args.n samples when they are done.
+
+    full_ids are the tokens of the full model's answer, if this one is to be compared. Returns a row
+    for --json and the tokens of the (last) answer. tokens_per_second is of all samples together,
+    after the first token of each.
+    """
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
-    decoder, steps, times = DecodeStream(skip_special_tokens=True), [], []
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    for tokens in stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p,
-                         args.reselect, tokenizer.stop_ids, samples=args.n, generator=generator):
-        steps.append(tokens.tolist())
+    steps = stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
+                   tokenizer.stop_ids, samples=args.n, generator=generator)
+    if args.n == 1:
+        steps = print_steps(steps, tokenizer, out, full_ids)
+    columns, times, samples = [], [], []
+    for tokens in steps:
+        columns.append(tokens.tolist())
         times.append(time.perf_counter())
-        if args.n == 1:
-            text = decoder.step(tokenizer.tokenizer, steps[-1][0]) or ""
-            print(text, end="", file=out, flush=True)
-    samples = []
-    for number, ids in enumerate(zip(*steps), 1):
-        ids = data.until_stop(list(ids), tokenizer.stop_ids)
+    for number, ids in enumerate(zip(*columns), 1):
+        ids = data.until_stop(ids, tokenizer.stop_ids)
         samples.append({"response": tokenizer.decode(ids), "tokens": len(ids)})
-        print(f"[{number}] {samples[-1]['response']}" if args.n > 1 else "", file=out)
-    tokens = sum(sample["tokens"] for sample in samples)
-    rate = (tokens - args.n) / (times[-1] - times[0]) if len(times) > 1 else 0.0
-    row = samples[0] if args.n == 1 else {"samples": samples, "tokens": tokens}
-    return row | {"tokens_per_second": round(rate, 1)}
+        if args.n > 1:
+            print(f"[{number}] {samples[-1]['response']}", file=out)
+    total = sum(sample["tokens"] for sample in samples)
+    rate = (total - args.n) / (times[-1] - times[0]) if len(times) > 1 else 0.0
+    differences = [i for i, (token, full) in enumerate(zip(ids, full_ids)) if token != full]
+    row = samples[0] if args.n == 1 else {"samples": samples, "tokens": total}
+    return row | {"tokens_per_second": round(rate, 1),
+                  "leaves_full_at": differences[0] if differences else None}, ids
 
 
-def variants(args):
-    """{name: (method, density, layers, adapter)} of the answers; ValueError for a bad adapter."""
-    method, adapter, layers = args.method, args.adapter, None
-    default_density = 0.5 if args.model else BUNDLED_DENSITY
-    if args.prompt is None and not adapter:
-        method = method or "griffin"
-        adapter = BUNDLED / f"{method}.safetensors"
-        if not adapter.exists():
-            raise ValueError(f"the bundled model comes without an adapter for {method}; "
-                             f"python distill.py --method {method} makes one for --adapter")
-    if adapter:
-        about = caprese.read_adapter(adapter)[1]
-        if method not in (None, about["method"]):
-            raise ValueError(f"{adapter} is for {about['method']}, not for {method}")
-        method, layers, default_density = about["method"], about.get("layers"), about.get("density")
-    elif args.density:
-        method = method or "griffin"
-    density = args.density or default_density
-    if args.prompt is None:
-        return {"full": (None, None, None, None), "sparse": (method, density, layers, None),
-                "sparse + Caprese": (method, density, layers, adapter)}
-    return {"sparse" if method else "full": (method, density, layers, adapter)}
-
-
-def print_answers(args, variant_settings, model, tokenizer, out):
-    """Answer the prompt, or without one the hard problem by every variant; rows for --json."""
-    if args.prompt is None:
+def print_answers(args, out):
+    """Answer the prompt, or without one the hard problem three ways; returns what --json prints."""
+    variants = choose_variants(args)  # a missing adapter is noticed before the model loads
+    model, tokenizer = load(args)
+    print(f"Answering with {args.model or 'the bundled model'} on {args.device}: at most "
+          f"{args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
+    question, problem, full_ids, rows = args.prompt, None, (), []
+    if question is None:
         problem = data.problems("maths", 1, HARD_SEED, evaluation=True, steps=8)[0]
         question = data.ask(problem)
-        print(f"A problem of 8 steps, held out from training, answered {len(variant_settings)} "
-              f"ways on {args.device}; the answer is {problem.answer}.\n{question}", file=out)
-    else:
-        problem, question = None, args.prompt
-        print(f"Answering with {args.model or 'the bundled model'} on {args.device}: at most "
-              f"{args.max_new_tokens} tokens, temperature {args.temperature}.", file=out)
-    rows = []
-    for name, (method, density, layers, adapter) in variant_settings.items():
-        caprese.detach(model)
-        if adapter:
-            caprese.load_adapter(model, adapter, density)
-        elif method:
-            caprese.attach(model, method, density, layers)
+        print(f"{question}\nHeld out from training; the answer is {problem.answer}.", file=out)
+    for name in variants:
+        if name == "sparse":
+            caprese.attach(model, args.method, args.density, args.layers)
+        if name == "sparse + Caprese":
+            caprese.load_adapter(model, args.adapter, args.density)
         print(f"\n{name}: {describe(model)}", file=out)
-        row = {"method": name} | answer(model, tokenizer, question, args, out)
+        row, ids = answer(model, tokenizer, question, args, out, full_ids)
         verdict = ""
         if problem and args.n == 1:
+            full_ids = full_ids or ids  # the full model answers first
             row["correct"] = data.correct(row["response"], problem.answer)
             verdict = ", right" if row["correct"] else ", wrong"
         print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
-        rows.append(row)
+        rows.append({"method": name} | row)
     return {"prompt": question, "rows": rows}
 
 
 # ---- python sample.py --questions FILE --out FILE: the paper's training set is private, so let the
 # full model write an open one
 
-def write_training_set(args, problems, model, tokenizer):
+def write_training_set(args, out):
     """Answer each question args.n times; append the answers to args.out, JSONL.
 
     Written block by block. What a block draws depends on the settings and on the number of its
-    first question alone. So a rerun drops the last block, which may be incomplete, and continues as
+    first answer alone. So a rerun drops the last block, which may be incomplete, and continues as
     if never interrupted.
     """
-    size = max(1, args.batch_size // args.n)  # questions of a block
-    written, first = read_complete_blocks(args.out)
-    count = len(written)
+    problems = data.read_problems(args.questions, evaluation=True, boxed=bool(args.model))
+    asked = [problem for problem in problems for _ in range(args.n)]
+    first = cut_last_block(args.out)
+    model, tokenizer = load(args)
     print(f"Asking {args.model or 'the bundled model'} on {args.device} {len(problems)} questions, "
-          f"{args.n} times each.\n{count} samples are in {args.out} already.", file=sys.stderr)
-    bar = tqdm(range(first, len(problems), size), desc="blocks", disable=None)
-    with open(args.out, "a", encoding="utf-8") as out:
-        for start in bar:
-            asked = [p for p in problems[start:start + size] for _ in range(args.n)]
-            lines = answer_block(args, model, tokenizer, asked, start)
-            out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-            out.flush()
-            count += len(lines)
-            bar.set_postfix(samples=count)
-    return {"samples": count, "file": args.out}
+          f"{args.n} times each.\n{first} answers are in {args.out} already or left out.", file=out)
+    with open(args.out, "a", encoding="utf-8") as file:
+        for start in tqdm(range(first, len(asked), args.batch_size), desc="blocks", disable=None):
+            block = asked[start:start + args.batch_size]
+            for line in answer_block(args, model, tokenizer, block, start):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+    samples = Path(args.out).read_bytes().count(b"\n")
+    print(f"{samples} samples are in {args.out}", file=out)
+    return {"samples": samples, "file": args.out}
 
 
-def answer_block(args, model, tokenizer, problems, block):
+def answer_block(args, model, tokenizer, problems, number):
     """The training samples of one block, in order; without answers that do not show how to end."""
-    generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + block)
+    generator = torch.Generator(model.device).manual_seed(args.seed * 1_000_003 + number)
     responses = respond(model, tokenizer, [data.ask(problem) for problem in problems],
                         args.max_new_tokens, args.batch_size, temperature=args.temperature,
                         top_p=args.top_p, generator=generator)
-    lines = []
     for i, response, tokens in sorted(responses):
         right = data.correct(response, problems[i].answer)
         if tokens < args.max_new_tokens and (right or not args.only_right):
-            lines.append({"question": problems[i].question, "response": response,
-                          "answer": problems[i].answer, "right": right, "block": block})
-    return lines
+            yield {"block": number, "question": problems[i].question, "response": response,
+                   "answer": problems[i].answer, "right": right}
 
 
-def read_complete_blocks(file):
-    """(the lines of all blocks but the last, the last block's number); the last one is cut off.
+def cut_last_block(file):
+    """Cut the last block off a training set, and return its number, that of its first answer.
 
-    ValueError, and the file stays as it is, if it is no training set.
+    A file that does not exist is made, and that is block 0. ValueError, and the file stays as it
+    is, if it is no training set: there each line begins with the number of its block.
     """
-    path = Path(file)
-    if not path.exists():
-        return [], 0
-    *complete, cut_line = path.read_text(encoding="utf-8").split("\n")
-    try:
-        lines = [json.loads(text) for text in complete]
-        last = lines[-1]["block"] if lines else 0
-        lines = [line for line in lines if line["block"] < last]
-        foreign = not '{"question"'.startswith(cut_line[:11])
-    except (ValueError, KeyError, TypeError):
-        foreign = True
-    if foreign:
-        raise ValueError(f"{file} is no training set of sample.py; give another --out")
-    temporary = path.with_name(f"{path.name}.tmp")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return lines, last
+    with open(file, "a+b") as opened:
+        opened.seek(0)
+        text = opened.read()
+        if text and not re.match(rb'{"block": \d+, "question": ', text):
+            raise ValueError(f"{file} is no training set of sample.py; give another --out")
+        blocks = re.findall(rb'^{"block": (\d+), ', text, re.MULTILINE) or [b"0"]
+        complete = text.partition(b'{"block": %s, ' % blocks[-1])[0]
+        opened.truncate(len(complete))
+    return int(blocks[-1])
 
 
 def arguments():
     """The command line; ValueError for flags that do not go together."""
     parser = common_arguments(ArgumentParser(description=__doc__.splitlines()[0]))
     add = parser.add_argument
-    add("prompt", nargs="?",
-        help="default: a hard problem for the bundled model, answered three ways")
-    add("--method", choices=caprese.METHODS, help="sparse method (default: the adapter's, or none)")
-    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: the "
-        f"adapter's, or the paper's 0.5, or {BUNDLED_DENSITY} for the bundled model)")
+    add("prompt", nargs="?", help="default: a hard problem, which the bundled model answers 3 ways")
+    add("--method", choices=caprese.METHODS, help="default: the adapter's, or none")
+    add("--density", type=float, help="kept neurons, in (0, 1] (default: the adapter's, or 0.5)")
     add("--adapter", help="file written by distill.py")
     add("--reselect", type=positive, help="rho: reselect every so many tokens (default: never)")
     add("-n", type=positive, default=1, help="samples of each prompt (default: %(default)s)")
     add("--temperature", type=float, help="default: 0, or the paper's 0.6 with -n above 1")
     add("--top-p", type=float, help="default: 1, or the paper's 0.95 with -n above 1")
     add("--max-new-tokens", type=positive, default=512, help="default: %(default)s")
-    add("--questions", metavar="FILE", help="write a training set: answer the questions of this "
-        "JSONL file by the full model")
+    add("--questions", metavar="FILE", help="let the full model answer these, for a training set")
     add("--out", metavar="FILE", help="with --questions: the JSONL file to write or to continue")
     add("--only-right", action="store_true", help="with --questions: keep only right answers")
-    add("--batch-size", type=positive, default=64,
-        help="with --questions: answers decoded side by side (default: %(default)s)")
+    add("--batch-size", type=positive, default=64, help="with --questions (default: %(default)s)")
     args = parser.parse_args()
     several = args.n > 1
     args.temperature = (0.6 if several else 0.0) if args.temperature is None else args.temperature
     args.top_p = (0.95 if several else 1.0) if args.top_p is None else args.top_p
+    check_decoding(args.max_new_tokens, args.temperature, args.top_p)
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
     if bool(args.questions) != bool(args.out):
         raise ValueError("--questions and --out go together: the file to read, the file to write")
     if args.questions and (args.prompt or args.method or args.adapter or args.density):
-        raise ValueError("--questions asks the full model; it takes no prompt, --method, "
-                         "--density or --adapter")
-    if args.prompt is None and args.model and not args.questions:
-        raise ValueError("give a prompt: only the bundled model comes with a problem of its own")
-    check_decoding(args.max_new_tokens, args.temperature, args.top_p)
+        raise ValueError("--questions asks the full model; give no prompt, method or adapter")
     return args
 
 
 def main():
     args = arguments()
     out = sys.stderr if args.json else sys.stdout
-    if args.questions:
-        problems = data.read_problems(args.questions, evaluation=True, boxed=bool(args.model))
-        model, tokenizer = load(args)
-        result = write_training_set(args, problems, model, tokenizer)
-        print(f"{result['samples']} samples are in {args.out}", file=out)
-    else:
-        variant_settings = variants(args)  # a missing adapter is noticed before the model loads
-        model, tokenizer = load(args)
-        result = print_answers(args, variant_settings, model, tokenizer, out)
+    result = write_training_set(args, out) if args.questions else print_answers(args, out)
     if args.json:
         print(json.dumps(result))
 

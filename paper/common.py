@@ -110,8 +110,7 @@ def arguments(argv, module):
     add("--train", help="with --model: samples to learn L and R from, JSONL", **files)
     add("--adapter", help="one more row, of this adapter", **files)
     add("--method", action="append", choices=METHODS, help="default: those of the paper's table")
-    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: 0.5; "
-        f"bundled model: GRIFFIN {METHODS['griffin'][1]}, CATS {METHODS['cats'][1]})")
+    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: 0.5)")
     add("--rank", type=sample.positive, help=f"r (default: {distill.DEFAULTS['rank']}; "
         f"bundled model: {distill.BUNDLED['rank']})")
     add("--samples", type=sample.positive, help="training samples of each file, at most")

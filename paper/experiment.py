@@ -26,10 +26,7 @@ import sample
 from paper.scores import read_row, scores
 
 TOP_P = 0.95  # the paper's, where it samples
-METHODS = {  # --method: (name in the tables, density on the bundled model)
-    "griffin": ("GRIFFIN", sample.BUNDLED_DENSITY),
-    "cats": ("CATS", 0.05),  # at 0.5 it costs so small a model nothing
-    "int4": ("4-bit", 1.0)}
+METHODS = {"griffin": "GRIFFIN", "cats": "CATS", "int4": "4-bit"}  # --method: name in the tables
 LAYERWISE, E2E, BOTH_STAGES = ("layer-wise",), ("E2E",), ("layer-wise", "E2E")
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = [PROJECT / f"{name}.py" for name in ("model", "caprese", "data", "sample", "distill")]
@@ -113,10 +110,8 @@ class Experiment:
 
     def sparse(self, method):
         """The variant of a sparse method without a correction."""
-        name, density = METHODS[method]
-        if method != "int4":
-            density = self.args.density or (0.5 if self.args.model else density)
-        return Variant(name, method, density)
+        density = 1.0 if method == "int4" else self.args.density or 0.5
+        return Variant(METHODS[method], method, density)
 
     def learned(self, variant, stages, name=None):
         """A variant with a correction that is learned in these stages."""

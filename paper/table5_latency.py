@@ -52,10 +52,9 @@ def bench_arguments(args):
 def measure(experiment):
     """The rows of bench.py that the paper has, and LoRA's."""
     args = bench_arguments(experiment.args)
-    config = bench.read_config(args)
-    rows = bench.variants(args, config)
+    rows = bench.variants(args)
     rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"block": LoRAFF}
-    results = bench.measure(bench.make_model(args, config), rows, args)
+    results = bench.measure(bench.make_model(args), rows, args)
     table = []
     for result in results:
         row = {"method": result["row"], "model": args.model}

@@ -104,9 +104,8 @@ def latency(args):
     for shape in ("r1-distill-qwen-1.5b", "llama-3.1-8b") if on_gpu else ("smollm2-135m",):
         settings = bench.arguments(["--shape", shape, "--device", args.device, "--dtype",
                                     "bfloat16", "--repeats", "3" if on_gpu else "1", *flags])
-        config = bench.read_config(settings)
-        model = bench.make_model(settings, config)
-        results[shape] = bench.measure(model, bench.variants(settings, config), settings)
+        model = bench.make_model(settings)
+        results[shape] = bench.measure(model, bench.variants(settings), settings)
         del model
     return results
 

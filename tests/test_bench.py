@@ -134,30 +134,37 @@ def test_reselection_passes_are_counted_as_they_happen(generated, reselect):
 
 def test_ratios_are_taken_within_each_round():
     """In the second round everything is ten times slower, and so is the third for the full row."""
-    rows = {"full": None} | {name: SPARSE_ROWS[name] for name in ("GRIFFIN", "GRIFFIN + Caprese")}
-    used = {"MB per token": 80.0, "ratio bytes allow": 0.8}
-    full, alone, corrected = (1.0, 10.0, 10.0), (0.9, 9.0, 0.9), (0.9, 9.9, 1.0)
-    times = {}
-    for name, seconds in zip(rows, (full, alone, corrected)):
-        times[name, 5] = [(2.0, 2.0 + 4 * s) for s in seconds]  # four steps after a prefill of 2 s
-    row = bench.result("GRIFFIN + Caprese", 5, rows, times, used, speed=160e6)
-    assert row["ms per token"] == pytest.approx(1000) and row["bound ms"] == pytest.approx(500)
-    assert row["prefill s"] == 2 and row["total s"] == pytest.approx(6)
+    times = {"full": (1e3, 1e4, 1e4), "GRIFFIN": (900, 9000, 900),
+             "GRIFFIN + Caprese": (900, 9900, 1000)}  # ms per token
+    rounds = {}
+    for name, values in times.items():
+        columns = {"MB per token": 80.0, "memory GB/s": 0.16, "prefill s": 2.0,
+                   "ratio bytes allow": 1.0 if name == "full" else 0.8}
+        rounds[name, 5] = [columns | {"ms per token": value} for value in values]
+    row = bench.result("GRIFFIN + Caprese", 5, rounds)
+    assert row["ms per token"] == 1000 and row["bound ms"] == pytest.approx(500)
+    assert row["bandwidth reached"] == pytest.approx(0.5) and row["prefill s"] == 2
     assert row["ratio to full"] == pytest.approx(0.9)  # of 0.9, 0.99, 0.1
+    assert row["saving reached"] == pytest.approx(0.5)
     assert row["ratio to uncorrected"] == pytest.approx(1.1)  # of 1, 1.1, 1.11
-    first = bench.result("full", 5, rows, times, used | {"ratio bytes allow": 1.0}, speed=160e6)
+    first = bench.result("full", 5, rounds)
     assert first["ratio to full"] == 1 and first["ratio to uncorrected"] is None
+    assert first["saving reached"] is None
+
+
+def test_times_are_those_of_the_steps_after_the_prefill(monkeypatch):
+    monkeypatch.setattr(bench, "time_model", lambda *args: (2.0, 6.0))
+    row = bench.measure(tiny.model(), {"full": None}, bench.arguments(QUICK))[0]
+    assert row["prefill s"] == 2 and row["total s"] == 6
+    assert row["ms per token"] == 2000  # two steps, as the first of three tokens is the prefill's
 
 
 def test_the_uncorrected_row_is_the_same_method_without_its_correction():
-    args = bench.arguments(["--device", "cpu"])
-    rows = bench.variants(args, bench.read_config(args))
-    rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"block": LoRAFF}
-    found = {name: bench.uncorrected(name, rows) for name in rows}
-    assert found == {"full": None, "GRIFFIN": None, "GRIFFIN + Caprese": "GRIFFIN",
-                     "GRIFFIN all layers": None,
-                     "GRIFFIN + Caprese all layers": "GRIFFIN all layers", "CATS": None,
-                     "CATS + Caprese": "CATS", "GRIFFIN + LoRA": "GRIFFIN"}
+    rows = bench.variants(bench.arguments(["--device", "cpu"]))
+    for name, settings in rows.items():
+        if " + " in name:
+            alone = {key: value for key, value in settings.items() if key != "rank"}
+            assert rows[name.partition(" + ")[0]] == alone
 
 
 def test_every_row_is_measured_for_every_length(monkeypatch, capsys):
@@ -167,7 +174,7 @@ def test_every_row_is_measured_for_every_length(monkeypatch, capsys):
     printed = capsys.readouterr()
     rows = json.loads(printed.out)["rows"]
     args = bench.arguments(flags)
-    names = list(bench.variants(args, bench.read_config(args)))
+    names = list(bench.variants(args))
     assert len(names) == 7
     assert [(row["row"], row["generated"]) for row in rows] == [(m, n) for n in (3, 5)
                                                                 for m in names]
@@ -179,7 +186,7 @@ def test_every_row_is_measured_for_every_length(monkeypatch, capsys):
     assert rows[0]["ratio to full"] == rows[0]["ratio bytes allow"] == 1
     assert rows[1]["ratio bytes allow"] < 1
     lines = printed.err.splitlines()
-    assert "a prompt of 8 tokens, 1 rounds" in lines[0]
+    assert "a prompt of 8 tokens, medians of 1 rounds" in lines[0]
     for title, table in bench.TABLES.items():
         assert lines[lines.index(title) + 1].split() == " ".join(("row generated", *table)).split()
 

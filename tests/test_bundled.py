@@ -22,7 +22,8 @@ def accuracies():
     found = {}
     for variant in VARIANTS:
         if variant == "sparse":
-            caprese.attach(model, "griffin", sample.BUNDLED_DENSITY)
+            about = caprese.read_adapter(sample.BUNDLED / "griffin.safetensors")[1]
+            caprese.attach(model, "griffin", about["density"], about["layers"])
         if variant == "corrected":
             caprese.load_adapter(model, sample.BUNDLED / "griffin.safetensors")
             assert caprese.added_parameters(model) <= 0.02

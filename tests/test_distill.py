@@ -536,7 +536,7 @@ def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, nam
     text = capsys.readouterr().out
     about = caprese.read_adapter(out)[1]
     expected = {"all": "in 6 of 6 layers", "indices": "in 2 of 6 layers",
-                "density": "30% of the neurons", "cats": "cats, 60%", "model": "50% of the neurons"}
+                "density": "30% of the neurons", "cats": "cats, 50%", "model": "50% of the neurons"}
     assert expected[name] in text and about["method"] in text
     assert name == "model" or "sparse + Caprese" in text
 

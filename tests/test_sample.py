@@ -1,5 +1,6 @@
 """Decoding, sampling, the command line. Run: python -m pytest tests/test_sample.py"""
 
+import io
 import json
 import subprocess
 import sys
@@ -126,14 +127,19 @@ def test_command_answers_three_ways():
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)["rows"]
     assert [row["method"] for row in rows] == ["full", "sparse", "sparse + Caprese"]
-    assert [row["correct"] for row in rows] == [True, False, True]
     assert all(row["tokens_per_second"] > 0 for row in rows)
-    assert rows[0]["response"] in done.stderr  # what streamed is what is reported
+    for row in rows:
+        shown = f"{row['response']}\n"  # what streamed is what is reported
+        assert shown in done.stderr and isinstance(row["correct"], bool)
+        assert row["leaves_full_at"] is not None or row["response"] == rows[0]["response"]
+    marks = [line for line in done.stderr.splitlines() if line.strip() == "^"]
+    assert len(marks) == sum(row["leaves_full_at"] is not None for row in rows)
 
 
 def test_command_answers_a_prompt(run):
     code, out, _ = run(QUESTION, "--json")
-    assert code == 0 and json.loads(out)["rows"][0]["response"] == "12 + 5 = 17. #### 17"
+    row = json.loads(out)["rows"][0]
+    assert code == 0 and data.correct(row["response"], "17") and row["leaves_full_at"] is None
     _, out, _ = run(QUESTION, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8",
                     "-n", "3", "--seed", "3")
     assert len(json.loads(out)["rows"][0]["samples"]) == 3
@@ -151,10 +157,24 @@ def test_four_bits_are_no_fraction_of_the_neurons(run):
     assert code == 0 and "weights of 4 bits" in out and "neurons" not in out
 
 
-def test_a_method_without_a_bundled_adapter_answers_nothing(run):
+def test_a_method_without_a_bundled_adapter_answers_nothing(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "BUNDLED", tmp_path)
     code, out, err = run("--method", "cats")
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
-    assert "without an adapter for cats" in err
+    assert "cats.safetensors does not exist" in err
+
+
+def test_a_method_with_a_bundled_adapter_answers_by_it(run, monkeypatch, tmp_path):
+    for file in sample.BUNDLED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    model = sample.Transformer.from_pretrained(sample.BUNDLED)
+    adapter = tmp_path / "cats.safetensors"
+    adapter.unlink(missing_ok=True)
+    caprese.save_adapter(tiny.fill(caprese.attach(model, "cats", 0.3, rank=4)), adapter)
+    monkeypatch.setattr(sample, "BUNDLED", tmp_path)
+    code, out, err = run("--method", "cats", "--max-new-tokens", "3")
+    assert code == 0, err
+    assert "sparse: cats, 30% of the neurons" in out and "sparse + Caprese: cats, 30%" in out
 
 
 @pytest.mark.parametrize("method, density, layers, says", [
@@ -192,6 +212,78 @@ def test_bad_input_is_one_line_and_exit_code_2(args, words, run):
     assert code == 2 and words in err.splitlines()[-1]
 
 
+# ---- where an answer leaves the full model's
+
+@pytest.fixture(scope="module")
+def bundled():
+    """(model, tokenizer) of the bundled model."""
+    return sample.Transformer.from_pretrained(sample.BUNDLED), data.Tokenizer(sample.BUNDLED)
+
+
+@pytest.fixture
+def compare(bundled, monkeypatch):
+    """A function: (what is printed, the row, the tokens) of an answer, beside full_ids."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["sample.py", "x", "--device", "cpu"])
+
+    def call(full_ids=(), terminal=False):
+        out = io.StringIO()
+        out.isatty = lambda: terminal
+        row, ids = sample.answer(*bundled, QUESTION, sample.arguments(), out, full_ids)
+        return out.getvalue(), row, ids
+    return call
+
+
+def other_at(ids, number):
+    """The same tokens but for one."""
+    return [*ids[:number], ids[number] + 1, *ids[number + 1:]]
+
+
+@pytest.mark.parametrize("number", [0, 4, -1])
+def test_a_caret_points_at_the_first_other_token(number, bundled, compare):
+    plain, row, ids = compare()
+    number %= len(ids)  # the last one is the stop token, which has no text: behind the answer
+    printed, row, _ = compare(other_at(ids, number))
+    assert row["leaves_full_at"] == number
+    before = bundled[1].decode(ids[:number])
+    assert printed == plain + " " * len(before) + "^\n"
+
+
+@pytest.mark.parametrize("no_color", [None, ""])
+def test_on_a_terminal_the_rest_is_red(no_color, bundled, compare, monkeypatch):
+    plain, _, ids = compare()
+    if no_color is not None:
+        monkeypatch.setenv("NO_COLOR", no_color)
+    printed, row, _ = compare(other_at(ids, 4), terminal=True)
+    assert row["leaves_full_at"] == 4
+    first, *red = printed.split("\033[31m")
+    assert first == bundled[1].decode(ids[:4]) and len(red) > 1
+    assert all(part.count("\033[0m") == 1 for part in red)
+    assert printed.replace("\033[31m", "").replace("\033[0m", "") == plain
+    assert printed.endswith("\033[0m\n")
+
+
+def test_no_color_gives_a_caret_on_a_terminal(compare, monkeypatch):
+    _, _, ids = compare()
+    monkeypatch.setenv("NO_COLOR", "1")
+    printed = [compare(other_at(ids, 4), terminal)[0] for terminal in (False, True)]
+    assert printed[0] == printed[1] and "^" in printed[1] and "\033" not in printed[1]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_an_equal_answer_has_no_mark(terminal, compare):
+    plain, _, ids = compare()
+    printed, row, _ = compare(ids, terminal)
+    assert printed == plain and row["leaves_full_at"] is None
+
+
+def test_several_samples_have_no_mark(run):
+    code, out, err = run("--json", "-n", "2", "--max-new-tokens", "4")
+    assert code == 0 and "^" not in err and "\033" not in err
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 3 and all(row["leaves_full_at"] is None for row in rows)
+
+
 # ---- a training set of one's own
 
 @pytest.fixture
@@ -215,11 +307,13 @@ def test_a_training_set_holds_right_answers_and_resumes_to_the_same_bytes(questi
     assert all(data.correct(row["response"], row["answer"]) for row in rows)
     assert len(data.read_problems(whole)) == len(rows)
     before = whole.read_bytes()
-    whole.write_bytes(before[:-150])  # in the middle of a line, as a kill leaves it
-    assert run(*settings, "--out", whole)[0] == 0
-    assert whole.read_bytes() == before
-    other.write_text('{"question": "mine", "answer": "keep"}\n')
-    assert run(*settings, "--out", other)[0] == 2 and "keep" in other.read_text()
+    for length in (0, len(before) // 3, len(before) - 150, len(before)):  # as a kill leaves it
+        whole.write_bytes(before[:length])
+        assert run(*settings, "--out", whole)[0] == 0
+        assert whole.read_bytes() == before
+    for foreign in ('{"question": "mine", "answer": "keep"}\n', "keep", "\n"):
+        other.write_text(foreign)
+        assert run(*settings, "--out", other)[0] == 2 and other.read_text() == foreign
 
 
 def test_cut_answers_are_left_out(questions, run, tmp_path):
