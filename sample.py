@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -145,9 +146,12 @@ def reorder(model, step, rows):
     return step.reorder(rows)
 
 
-def generate(model, tokens, max_new_tokens, **settings):
-    """All of stream() at once, with its settings: [B * samples, <= max_new_tokens] int64."""
-    return torch.stack(list(stream(model, tokens, max_new_tokens, **settings)), dim=1)
+def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None,
+             stop_ids=(), **settings):
+    """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
+    steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids,
+                   **settings)
+    return torch.stack(list(steps), dim=1)
 
 
 # ---- many questions
@@ -172,9 +176,10 @@ def evaluate(model, tokenizer, problems, **kwargs):
     right, tokens = 0, 0
     responses = respond(model, tokenizer, [data.ask(problem) for problem in problems], **kwargs)
     bar = tqdm(responses, total=len(problems), desc=problems[0].kind, leave=False, disable=None)
-    for i, response, count in bar:
+    for done, (i, response, count) in enumerate(bar, 1):
         right += data.correct(response, problems[i].answer)
         tokens += count
+        bar.set_postfix(accuracy=f"{right / done:.3f}", refresh=False)
     return right / len(problems), tokens / len(problems)
 
 
@@ -222,11 +227,17 @@ def choose_dtype(args):
 
 
 def check_device(device):
-    """ValueError, in one line, for a device that cannot compute here."""
+    """ValueError, in one line, for a device that cannot compute here.
+
+    A GPU that this build of torch cannot use is named on stderr.
+    """
     try:
         torch.empty(1, device=device).item()  # the meta device holds no numbers, so it fails
     except (RuntimeError, AssertionError):
         raise ValueError(f"device {device!r} is not available; try --device cpu") from None
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        print("note: there is an NVIDIA GPU here, but this torch is the CPU build; the CUDA build: "
+              "pip install --force-reinstall torch==2.13.0", file=sys.stderr)
 
 
 def load(args, onto=None):

@@ -321,3 +321,13 @@ def test_cut_answers_are_left_out(questions, run, tmp_path):
     code, _, err = run("--questions", questions, "--out", file, "--max-new-tokens", 2)
     assert code == 0, err
     assert file.read_text() == ""
+
+
+def test_a_gpu_that_this_torch_cannot_use_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sample.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    sample.check_device("cpu")
+    assert "pip install --force-reinstall torch" in capsys.readouterr().err
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    sample.check_device("cpu")
+    assert capsys.readouterr().err == ""
