@@ -101,21 +101,6 @@ def make_peer(model, config):
 
 # ---- what a step reads
 
-def active_parameters(model):
-    """Parameters that one generated token uses: without dropped neurons, with the correction.
-
-    CATS needs all of Wg to choose its neurons. The oracle top-k needs all of everything.
-    """
-    active = sum(p.numel() for p in model.parameters())
-    for ff in caprese.sparse_layers(model).values():
-        skipped = {"griffin": ff.parameters(), "cats": [ff.up_proj.weight, ff.down_proj.weight]}
-        intermediate_size = ff.gate_proj.out_features
-        for p in skipped.get(ff.method, []):
-            if intermediate_size in p.shape:  # it has a part for each neuron
-                active -= p.numel() // intermediate_size * (intermediate_size - ff.num_kept)
-    return active
-
-
 def account(model, prompt_length, generated, reselect=None):
     """What the variant that is attached reads for each token, as columns of the tables.
 
@@ -124,7 +109,7 @@ def account(model, prompt_length, generated, reselect=None):
     reselect tokens, a pass that reads the full model takes the place of a step.
     """
     config, itemsize = model.config, model.dtype.itemsize
-    full, active = sum(p.numel() for p in model.parameters()), active_parameters(model)
+    full, active = sum(p.numel() for p in model.parameters()), caprese.active_parameters(model)
     for ff in caprese.sparse_layers(model).values():
         full -= sum(p.numel() for p in ff.adapter_parameters().values())
     if not config.tie_word_embeddings:  # of this table a step reads one row

@@ -411,6 +411,21 @@ def added_parameters(model):
     return added / (sum(p.numel() for p in model.parameters()) - added)
 
 
+def active_parameters(model):
+    """Parameters that one generated token uses: without dropped neurons, with the correction.
+
+    CATS needs all of Wg to choose its neurons. The oracle top-k needs all of everything.
+    """
+    active = sum(p.numel() for p in model.parameters())
+    for ff in sparse_layers(model).values():
+        skipped = {"griffin": ff.parameters(), "cats": [ff.up_proj.weight, ff.down_proj.weight]}
+        intermediate_size = ff.gate_proj.out_features
+        for p in skipped.get(ff.method, []):
+            if intermediate_size in p.shape:  # it has a part for each neuron
+                active -= p.numel() // intermediate_size * (intermediate_size - ff.num_kept)
+    return active
+
+
 # ---- adapters on disk
 
 def fingerprint(model):

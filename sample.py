@@ -11,9 +11,11 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 import caprese
@@ -28,39 +30,63 @@ RED = "\033[31m{}\033[0m"  # a text in a terminal's escape codes
 
 # ---- decoding
 
-def choose(logits, temperature=0.0, top_p=1.0, generator=None):
-    """Next tokens [B] int64 from logits [B, V]: the best ones at temperature 0, else drawn.
+def distribution(logits, temperature=0.0, top_p=1.0):
+    """The probabilities [B, V] that tokens are drawn with, from logits [B, V].
 
-    top_p keeps the smallest set of most likely tokens whose probabilities add up to at least top_p.
+    At temperature 0 the best token has all of it. top_p keeps the smallest set of most likely
+    tokens whose probabilities add up to at least top_p.
     """
     if temperature == 0:
-        return logits.argmax(dim=-1)
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
     p = torch.softmax(logits.float() / temperature, dim=-1)
-    p, order = p.sort(dim=-1, descending=True)
-    p[p.cumsum(dim=-1) - p >= top_p] = 0  # the tokens before this one already suffice
+    if top_p < 1:
+        descending, order = p.sort(dim=-1, descending=True)
+        # The tokens before such a one already suffice.
+        descending[descending.cumsum(dim=-1) - descending >= top_p] = 0
+        p = torch.zeros_like(p).scatter(1, order, descending)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def draw(p, generator=None):
+    """Tokens [B] int64 from probabilities [B, V], by one random number a row."""
     cumulative = p.cumsum(dim=-1)
-    uniform = torch.rand(len(p), 1, device=p.device, generator=generator)  # one number a row
-    drawn = torch.searchsorted(cumulative, cumulative[:, -1:] * uniform)
-    return order.gather(1, drawn).squeeze(1)
+    uniform = torch.rand(len(p), 1, device=p.device, generator=generator)
+    # 1 - uniform is never 0, so a token of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, cumulative[:, -1:] * (1 - uniform)).squeeze(1)
+
+
+def choose(logits, temperature=0.0, top_p=1.0, generator=None):
+    """Next tokens [B] int64 from logits [B, V]: the best ones at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw(distribution(logits, temperature, top_p), generator)
 
 
 @torch.no_grad()
 def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None, stop_ids=(),
-           prompt_lengths=None, samples=1, generator=None):
+           prompt_lengths=None, samples=1, generator=None, verify=False, counts=None):
     """Yield the next tokens [B * samples] int64, step by step, until every row has met a stop id.
 
     A row that has met one repeats stop_ids[0] until the others have. tokens are [B, S] int64;
     prompts of different lengths are padded on the right, and prompt_lengths [B] are given.
     samples continues each prompt that often. reselect is rho: after every rho tokens the full model
     runs over them again, which rewrites their cache entries, and GRIFFIN selects its neurons anew
-    (section 4.1.1). One stream of a model at a time: the next one takes over cache and selection.
-    Raises ValueError on settings out of range and on a prompt that fills the context.
+    (section 4.1.1). verify makes that pass a test: the output is then the full model's, see
+    stream_verified, which counts in `counts`. One stream of a model at a time: the next one takes
+    over cache and selection. Raises ValueError on settings out of range and on a prompt that fills
+    the context.
     """
     limit = model.config.max_position_embeddings
     if not 0 < tokens.shape[1] < limit:
         raise ValueError(f"{tokens.shape[1]} prompt tokens; the context holds 1 to {limit - 1}")
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     max_new_tokens = min(max_new_tokens, limit - tokens.shape[1])
+    if verify:
+        if len(tokens) * samples > 1 or not reselect:
+            raise ValueError("verify takes one row at a time, and reselect: the tokens of a pass")
+        yield from stream_verified(model, tokens, max_new_tokens, temperature, top_p, reselect,
+                                   stop_ids, generator, counts)
+        return
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
     token = torch.zeros(len(logits), dtype=torch.long, device=tokens.device)
@@ -138,6 +164,54 @@ def reselect_neurons(model, step, tokens):
     """
     step.cache.advance(1 - tokens.shape[1])
     return model.logits(count_and_select(model, step, tokens)[:, -1])
+
+
+def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop_ids, generator,
+                    counts=None):
+    """Yield the full model's own output, most of it drafted by the sparse model (ours).
+
+    The pass of the full model that a reselection makes also gives its distribution of each token.
+    So drafted tokens stand as long as verify() accepts them, and the pass adds one of its own. At
+    temperature 0 the output is the full model's token for token, else it has the same distribution.
+    counts, a collections.Counter, counts passes, and drafted and accepted tokens.
+    """
+    counts = Counter() if counts is None else counts
+    step, logits = prefill(model, tokens, max_new_tokens)
+    token = choose(logits, temperature, top_p, generator)
+    yield token
+    missing = max_new_tokens - 1
+    while missing > 0 and token.item() not in stop_ids:
+        n = min(rho, missing)  # tokens that the full model sees at once
+        fed, q = [token], []
+        for _ in range(n - 1):
+            with caprese.phase(model, "sparse"):
+                q.append(distribution(step(fed[-1]), temperature, top_p))
+            fed.append(draw(q[-1], generator))
+        step.cache.advance(1 - n)
+        hidden_states = count_and_select(model, step, torch.stack(fed, dim=1))
+        p = distribution(model.logits(hidden_states[0]), temperature, top_p)  # [n, V]
+        accepted, last = verify_draft(p, q, fed[1:], generator)
+        step.cache.advance(accepted + 1 - n)  # back to the last token that stands
+        counts.update(passes=1, drafted=n - 1, accepted=accepted)
+        for token in [*fed[1:accepted + 1], last]:
+            yield token
+            if token.item() in stop_ids:
+                return
+        missing -= accepted + 1
+
+
+def verify_draft(p, q, drafted, generator=None):
+    """How many of the drafted tokens stand, and the token after them (Leviathan et al., 2023).
+
+    p [n, V] are the full model's probabilities, q the draft's n - 1 of [1, V], drafted the n - 1
+    tokens [1]. Token i stands with probability min(1, p_i / q_i). In place of the first that does
+    not, one is drawn from (p - q)+. If all stand, the last row of p gives one more.
+    """
+    for i, token in enumerate(drafted):
+        ratio = p[i, token] / q[i][0, token]
+        if torch.rand(1, device=p.device, generator=generator) >= ratio:
+            return i, draw((p[i:i + 1] - q[i]).clamp_min(0), generator)
+    return len(drafted), draw(p[-1:], generator)
 
 
 def reorder(model, step, rows):

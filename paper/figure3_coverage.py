@@ -10,7 +10,7 @@ import statistics
 
 from paper import common
 
-import bench
+import caprese
 from paper.experiment import BOTH_STAGES, Variant
 
 NEEDS = ("graded",)
@@ -31,12 +31,12 @@ def measure(experiment):
     """A row for each variant and each K; the deviation is that of the mean over the problems."""
     rows, runs = [], experiment.args.runs
     name, problems = experiment.graded()
-    full = bench.active_parameters(experiment.prepare(Variant("full")))
+    full = caprese.active_parameters(experiment.prepare(Variant("full")))
     for variant in experiment.variants(("griffin", "cats"), stages=(BOTH_STAGES,)):
         right = [0] * len(problems)
         for answer in experiment.answers(variant, name, problems):
             right[answer["problem"]] += int(answer["accuracy"])
-        active = bench.active_parameters(experiment.prepare(variant)) / full
+        active = caprese.active_parameters(experiment.prepare(variant)) / full
         for k in SIZES:
             if k <= runs:
                 covered = [100 * pass_at_k(runs, count, k) for count in right]

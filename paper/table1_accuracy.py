@@ -8,7 +8,7 @@ Its instruct models stay within noise on CoQA, QASPER, XSum and CNN/DM, by every
 
 from paper import common
 
-import bench
+import caprese
 from paper.scores import summary
 
 NEEDS = ("problems",)
@@ -61,7 +61,7 @@ def measure(experiment):
     """A row for each variant: the parameters that a token uses, and its scores on every set."""
     rows = []
     for variant in experiment.variants(("griffin", "cats")):
-        active = bench.active_parameters(experiment.prepare(variant))
+        active = caprese.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
         for name, problems in experiment.problem_sets().items():
             row |= summary(experiment.answers(variant, name, problems), f"{name} ")

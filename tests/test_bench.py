@@ -71,13 +71,13 @@ def test_random_weights_have_no_two_equal_rows_and_norms_of_one():
 def test_active_parameters_count_what_a_token_uses():
     model = tiny.model()  # D 32, F 80, 4 layers
     total = sum(p.numel() for p in model.parameters())
-    assert bench.active_parameters(model) == total
+    assert caprese.active_parameters(model) == total
     caprese.attach(model, "griffin", 0.5, rank=3)  # 2 layers
-    assert bench.active_parameters(model) == total - 2 * 3 * 40 * 32 + 2 * 2 * 3 * 32
+    assert caprese.active_parameters(model) == total - 2 * 3 * 40 * 32 + 2 * 2 * 3 * 32
     caprese.attach(model, "cats", 0.5)
-    assert bench.active_parameters(model) == total - 4 * 2 * 40 * 32
+    assert caprese.active_parameters(model) == total - 4 * 2 * 40 * 32
     caprese.attach(model, "int4")
-    assert bench.active_parameters(model) == total
+    assert caprese.active_parameters(model) == total
 
 
 @pytest.mark.parametrize("name", SPARSE_ROWS)
