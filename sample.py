@@ -415,8 +415,10 @@ def answer(model, tokenizer, question, args, out, full_ids=()):
     """
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
     generator = torch.Generator(model.device).manual_seed(args.seed)
+    counts = Counter()
     steps = stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
-                   tokenizer.stop_ids, samples=args.n, generator=generator)
+                   tokenizer.stop_ids, samples=args.n, generator=generator,
+                   verify=args.verify and bool(caprese.sparse_layers(model)), counts=counts)
     if args.n == 1:
         steps = print_steps(steps, tokenizer, out, full_ids)
     columns, times, samples = [], [], []
@@ -432,8 +434,23 @@ def answer(model, tokenizer, question, args, out, full_ids=()):
     rate = (total - args.n) / (times[-1] - times[0]) if len(times) > 1 else 0.0
     differences = [i for i, (token, full) in enumerate(zip(ids, full_ids)) if token != full]
     row = samples[0] if args.n == 1 else {"samples": samples, "tokens": total}
-    return row | {"tokens_per_second": round(rate, 1),
+    return row | {"tokens_per_second": round(rate, 1), **acceptance(model, counts),
                   "leaves_full_at": differences[0] if differences else None}, ids
+
+
+def acceptance(model, counts):
+    """What stream_verified counted, as ratios; {} if it has not run.
+
+    Bytes are those of the weights. A pass of the full model and a step read each of theirs once.
+    """
+    if not counts["passes"]:
+        return {}
+    full = sum(p.numel() for p in model.parameters()) / (1 + caprese.added_parameters(model))
+    steps = counts["drafted"] * caprese.active_parameters(model) / full
+    tokens = counts["passes"] + counts["accepted"]
+    return {"acceptance": round(counts["accepted"] / max(1, counts["drafted"]), 3),
+            "tokens_per_pass": round(tokens / counts["passes"], 2),
+            "bytes_to_full": round((counts["passes"] + steps) / tokens, 3)}
 
 
 def print_answers(args, out):
@@ -459,6 +476,9 @@ def print_answers(args, out):
             full_ids = full_ids or ids  # the full model answers first
             row["correct"] = data.correct(row["response"], problem.answer)
             verdict = ", right" if row["correct"] else ", wrong"
+        if "acceptance" in row:
+            verdict += (f"; acceptance {row['acceptance']:.0%}, {row['tokens_per_pass']} tokens "
+                        f"a pass, {row['bytes_to_full']} of the full model's bytes")
         print(f"[{row['tokens']} tokens, {row['tokens_per_second']} tokens/s{verdict}]", file=out)
         rows.append({"method": name} | row)
     return {"prompt": question, "rows": rows}
@@ -530,6 +550,7 @@ def arguments():
     add("--density", type=float, help="kept neurons, in (0, 1] (default: the adapter's, or 0.5)")
     add("--adapter", help="file written by distill.py")
     add("--reselect", type=positive, help="rho: reselect every so many tokens (default: never)")
+    add("--verify", action="store_true", help="with --reselect: keep to the full model's answer")
     add("-n", type=positive, default=1, help="samples of each prompt (default: %(default)s)")
     add("--temperature", type=float, help="default: 0, or the paper's 0.6 with -n above 1")
     add("--top-p", type=float, help="default: 1, or the paper's 0.95 with -n above 1")
@@ -545,6 +566,8 @@ def arguments():
     check_decoding(args.max_new_tokens, args.temperature, args.top_p)
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
+    if args.verify and (not args.reselect or args.n > 1):
+        raise ValueError("--verify needs --reselect N, the tokens of a pass, and one sample, -n 1")
     if bool(args.questions) != bool(args.out):
         raise ValueError("--questions and --out go together: the file to read, the file to write")
     if args.questions and (args.prompt or args.method or args.adapter or args.density):

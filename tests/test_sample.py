@@ -145,6 +145,20 @@ def test_command_answers_a_prompt(run):
     assert len(json.loads(out)["rows"][0]["samples"]) == 3
 
 
+def test_verified_answers_are_the_full_models(run):
+    code, out, err = run("--json", "--verify", "--reselect", "6")
+    full, *drafted = json.loads(out)["rows"]
+    assert code == 0 and "acceptance" not in full
+    for row in drafted:
+        assert row["response"] == full["response"] and row["leaves_full_at"] is None
+        assert 0 < row["acceptance"] <= 1 <= row["tokens_per_pass"] <= 6
+        passes = (full["tokens"] - 1) / row["tokens_per_pass"]  # of the full model
+        assert 1 / row["tokens_per_pass"] < row["bytes_to_full"] < passes
+    assert err.count("of the full model's bytes]") == 2
+    for flags in (["--verify"], ["--verify", "--reselect", "6", "-n", "2"]):
+        assert run(*flags)[0] == 2
+
+
 @pytest.mark.parametrize("n, temperature, top_p", [(1, 0.0, 1.0), (4, 0.6, 0.95)])
 def test_several_samples_are_drawn_as_in_the_paper(n, temperature, top_p, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample.py", "x", "-n", str(n)])
