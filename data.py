@@ -108,16 +108,16 @@ def _moves(value, rng):
     return moves
 
 
-def make_passage(rng):
-    """14 to 16 facts about 5 to 8 people: the text, and [(question, response, answer)] on it.
+def make_passage(rng, people, facts):
+    """So many facts about so many people: the text, and [(question, response, answer)] on it.
 
     No two facts are of one kind, so that the kind alone tells which fact a question asks for.
     """
-    people = rng.sample(NAMES, rng.randint(5, 8))
-    told = {who: [] for who in people}
+    names = rng.sample(NAMES, people)
+    told = {who: [] for who in names}
     questions = []
-    for number, kind in enumerate(rng.sample(list(FACTS), rng.randint(14, 16))):
-        who = people[number % len(people)]
+    for number, kind in enumerate(rng.sample(list(FACTS), facts)):
+        who = names[number % people]
         question, values = FACTS[kind]
         value = rng.choice(values.split())
         told[who].append(kind.format(value))
@@ -130,8 +130,8 @@ def make_passage(rng):
 
 
 def make_reading(rng):
-    """Facts about 5 to 8 people, and a question that one fact answers."""
-    passage, questions = make_passage(rng)
+    """14 to 16 facts about 5 to 8 people, and a question that one of them answers."""
+    passage, questions = make_passage(rng, rng.randint(5, 8), rng.randint(14, 16))
     question, response, answer = rng.choice(questions)
     return Problem(f"{passage} {question}", response, answer, "reading")
 

@@ -103,8 +103,8 @@ def pretrain():
 def test_pretraining_draws_no_held_out_problem(pretrain):
     """Each question of a chat counts with the passage that stands before the first one."""
     rng, questions, several = random.Random(0), 0, 0
-    for _ in range(1500):
-        turns = pretrain.make_chat(rng)
+    for number in range(1500):
+        turns = pretrain.make_chat(rng, number / 1500)
         passage = ""
         for question, response in turns:
             if question.startswith(data.INSTRUCTION):

@@ -78,16 +78,21 @@ def make_tokenizer(folder):
 
 # ---- training data
 
-def make_chat(rng):
+def make_chat(rng, progress):
     """[(question, response)], the turns of a chat without a held-out problem; perhaps none.
 
-    There are two maths problems for each passage. A passage is asked about several times, as that
-    teaches more for the same tokens.
+    progress in [0, 1] is how far the training is. Passages grow from 2 or 3 facts to their full
+    length within its first 40%: on long ones alone the model does not learn to find a fact. They
+    are asked about several times, as that teaches more for the same tokens.
     """
-    if rng.random() < 2 / 3:
+    if rng.random() < (1 / 2 if progress < 0.2 else 2 / 3):
         problem = data.make_maths(rng)
         return [] if data.held_out(problem.question) else [(data.ask(problem), problem.response)]
-    passage, questions = data.make_passage(rng)
+    facts, people = rng.randint(14, 16), rng.randint(5, 8)
+    if progress < 0.4:
+        facts = rng.randint(2, 3 + round(13 * progress / 0.4))
+        people = rng.randint(2, min(8, facts))
+    passage, questions = data.make_passage(rng, people, facts)
     rng.shuffle(questions)
     turns = []
     for question, response, _ in questions[:QUESTIONS]:
@@ -113,7 +118,7 @@ def group_of_batches(tokenizer, args, group):
     rng = random.Random(f"{args.seed} {group}")
     rows = []
     while len(rows) < args.batch_size * GROUP:
-        turns = make_chat(rng)
+        turns = make_chat(rng, group * GROUP / args.steps)
         if turns:
             rows.append(encode_chat(tokenizer, turns))
     rows.sort(key=lambda row: len(row[0]))  # chats of one batch have similar lengths
