@@ -31,11 +31,11 @@ from model import resolve
 
 # What a flag means where it is not given: the paper's recipe (section 4), ours for real models
 # (RESULTS.md says what was measured), and what suits the bundled model.
-PAPER = {"density": 0.5, "samples": 20000, "rank": 256, "layerwise": "adam", "loss": "mse",
-         "e2e_lr": 1e-4, "e2e_epochs": 3, "e2e_batch_size": 16}
+PAPER = {"samples": 20000, "rank": 256, "layerwise": "adam", "loss": "mse", "e2e_lr": 1e-4,
+         "e2e_epochs": 3, "e2e_batch_size": 16}
 DEFAULTS = PAPER | {"layerwise": "sequential", "loss": "kl"}
-BUNDLED = DEFAULTS | {"samples": 6000, "rank": 32,
-                      "e2e_lr": 3e-3, "e2e_epochs": 1, "e2e_batch_size": 32}
+BUNDLED = DEFAULTS | {"samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
+                      "e2e_batch_size": 32}
 ADAM = {"lr": 1e-3, "epochs": 20, "batch_size": 128}  # the paper's layer-wise stage
 EVALUATION_SEED = 1234       # of the held-out problems
 UNEXPLAINED_SAMPLES = 256    # training samples that the table's column is measured on
@@ -70,14 +70,11 @@ def micro_batches(samples, indices, args, device):
 
 
 def start_processes(args):
-    """Join the other processes of torchrun, if it started this one; rank 0 alone prints."""
-    if "WORLD_SIZE" not in os.environ:
-        return
-    cuda = args.device.startswith("cuda")
-    if cuda:
+    """Join the other processes that torchrun started; rank 0 alone prints."""
+    if args.device.startswith("cuda"):
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    dist.init_process_group()  # gloo for tensors on a CPU, nccl on CUDA
     if dist.get_rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -85,148 +82,120 @@ def start_processes(args):
 def shard(model, device):
     """Spread the weights of every layer over the devices (FSDP); the rest is whole on each.
 
-    Returns the fraction of the weights that this process holds.
+    Returns the fraction of the layers' weights that this process holds.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    total = sum(p.numel() for p in model.parameters())
     mesh = init_device_mesh(torch.device(device).type, (process_group()[1],))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-    sharded = sum(p.to_local().numel() for p in model.model.layers.parameters())
-    for module in (model.model.embed_tokens, model.model.norm, getattr(model, "lm_head", None)):
-        if module is not None:
-            module.to(device)
-            sharded += sum(p.numel() for p in module.parameters())
-    return sharded / total
+    model.to(device)  # what is not sharded
+    weights = list(model.model.layers.parameters())
+    return sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
 
 
 # ---- interruption: what must survive a kill
 
 class Progress:
-    """Where the work stands: the stage, its step, the stage's tensors and the table so far.
+    """Where the work stands; `state` is the stage, its step and seconds, the table, the settings.
 
-    It is written to `file` at the start of a stage, every `every` steps, at its end and when the
-    process is told to stop. A resumed run continues from there, on a CPU to the same bits; its
-    settings must be the same. Without a file nothing is written. Raises ValueError or
-    FileNotFoundError for a state that does not fit.
+    It is written to `file`, together with the stage's tensors, at the start of a stage and every so
+    many steps. A resumed run continues from there, on a CPU to the same bits. Without a file
+    nothing is written. Raises ValueError or FileNotFoundError for a file that does not fit.
     """
 
-    def __init__(self, file=None, every=100, settings=None, resume=False):
-        self.file, self.every, self.settings, self.rows = file, every, settings, []
-        self.stage, self.step, self.seconds, self.tensors = None, 0, 0.0, {}
-        self.stop_requested = False
-        if resume:
-            self.load()
-        elif file and os.path.exists(file):
+    def __init__(self, file=None, settings=None, resume=False):
+        self.file, self.tensors = file, {}
+        self.state = {"stage": None, "step": 0, "seconds": 0.0, "rows": [], "settings": settings}
+        exists = file and os.path.exists(file)
+        if exists and not resume:
             raise ValueError(f"{file} is what an interrupted run left; add --resume, or delete it")
-
-    def load(self):
-        """Take the saved state; ValueError if it is of a run with other settings."""
-        if not os.path.exists(self.file):
-            raise FileNotFoundError(f"there is nothing to resume: {self.file} does not exist")
-        self.tensors, about = caprese.load_tensors(self.file)
-        saved = (about or {}).get("settings", {})
-        differ = [key for key, value in self.settings.items() if saved.get(key) != value]
-        if differ:
-            raise ValueError(f"{self.file} is of a run with another {', '.join(differ)}")
-        self.stage, self.step = about["stage"], about["step"]
-        self.seconds, self.rows = about["seconds"], about["rows"]
-
-    def request_stop(self, number, frame):
-        """Handle SIGTERM and Ctrl-C within a stage; a second signal ends the run at once."""
-        self.stop_requested = True
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.default_int_handler)
-
-    def end_if_told(self, device):
-        """KeyboardInterrupt, in all processes, if one of them has been told to stop."""
-        flag = torch.tensor(float(self.stop_requested), device=device)
-        all_reduce(flag)
-        if flag:
-            raise KeyboardInterrupt(f"the state is in {self.file}, --resume continues")
+        if resume and not exists:
+            raise FileNotFoundError(f"there is nothing to resume: {file} does not exist")
+        if resume:
+            self.tensors, self.state = caprese.load_tensors(file)
+            saved = (self.state or {}).get("settings", {})
+            differ = [key for key, value in settings.items() if saved.get(key) != value]
+            if differ:
+                raise ValueError(f"{file} is of a run with another {', '.join(differ)}")
 
     @torch.no_grad()
-    def steps(self, stage, total, tensors, every=None):
+    def steps(self, stage, total, tensors, save_every=1):
         """Yield the remaining steps of a stage, once a saved state of it is back in `tensors`.
 
-        tensors {name: tensor} are what the caller updates in place. every overrides the number of
-        steps between two checkpoints. The caller's grad mode holds between the steps.
+        tensors {name: tensor} are what the caller updates in place. The caller's grad mode holds
+        between the steps.
         """
-        resumed = self.stage == stage
-        start = time.perf_counter() - (self.seconds if resumed else 0.0)
-        self.first = self.step if resumed else 0
-        for name in tensors if resumed else ():
-            tensors[name].copy_(self.tensors[name])
-        self.stage, self.step, self.tensors = stage, self.first, {}
-        handlers = {}
-        if self.file:
-            self.save(tensors)  # from here on a state exists
-            for number in (signal.SIGTERM, signal.SIGINT):
-                handlers[number] = signal.signal(number, self.request_stop)
+        if self.state["stage"] == stage:
+            for name, tensor in tensors.items():
+                tensor.copy_(self.tensors.pop(name))
+        else:
+            self.state |= {"stage": stage, "step": 0, "seconds": 0.0}
+        self.save(tensors)
+        self.first, start = self.state["step"], time.perf_counter() - self.state["seconds"]
         self.bar = tqdm(range(self.first, total), stage, total, initial=self.first, disable=None)
-        try:
-            for step in self.bar:
-                yield step
-                self.step, self.seconds = step + 1, time.perf_counter() - start
-                due = self.step % (every or self.every) == 0 or self.step == total
-                if self.file and (due or self.stop_requested):
-                    self.save(tensors)
-                self.end_if_told(next(iter(tensors.values())).device)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        for step in self.bar:
+            yield step
+            self.state |= {"step": step + 1, "seconds": time.perf_counter() - start}
+            if (step + 1) % save_every == 0 or step + 1 == total:
+                self.save(tensors)
 
     def save(self, tensors):
         """Write the state. ValueError, and the last good one is kept, if a value is not finite."""
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(f"{self.stage} diverged at step {self.step}; lower the learning rate")
-        if process_group()[0] == 0:
-            about = {"stage": self.stage, "step": self.step, "seconds": self.seconds,
-                     "rows": self.rows, "settings": self.settings}
+            raise ValueError(f"{self.state['stage']} diverged; lower the learning rate")
+        if self.file and process_group()[0] == 0:
             on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            caprese.save_tensors(on_host, self.file, about)
+            caprese.save_tensors(on_host, self.file, self.state)
 
 
 def correction_parameters(model):
     """{"layer.name": parameter} of the whole correction."""
-    found = {}
-    for i, ff in caprese.sparse_layers(model).items():
-        found |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
-    return found
+    return {f"{i}.{name}": p for i, ff in caprese.sparse_layers(model).items()
+            for name, p in ff.adapter_parameters().items()}
 
 
 # ---- layer-wise, streaming: inputs from the full model, one pass for all blocks
 
 @torch.no_grad()
 def run_layer(model, i, batch, x, phase="full"):
-    """Layer i on its input states x [B, T, D]: its output [B, T, D] in a phase of the model."""
-    inputs = model.model.layer_inputs(batch.tokens)[i]
-    with caprese.phase(model, phase, batch.generated):
-        return model.model.layers[i](x, *inputs)
+    """Layer i on its input states x in a phase of the model.
+
+    Returns its output, and the input and the output of its FF, all [B, T, D].
+    """
+    seen = []
+
+    def hook(ff, ff_inputs, ff_output):
+        seen.extend([ff_inputs[0], ff_output])
+
+    layer, inputs = model.model.layers[i], model.model.layer_inputs(batch.tokens)[i]
+    with layer.mlp.register_forward_hook(hook), caprese.phase(model, phase, batch.generated):
+        output = layer(x, *inputs)
+    return output, *seen
 
 
 @torch.no_grad()
-def stream_residuals(model, batch, consume):
-    """One pass of the full model; consume(ff, x, residual, output) at each sparse layer in turn.
+def stream_residuals(model, batch):
+    """One pass of the full model; yields (ff, x, residual, output) at each sparse layer in turn.
 
     x are the inputs of the FF, residual is FF(x) - FF_sparse(x), output is FF(x), each [N, D] over
     the response tokens. Nothing is kept, and the pass ends after the last sparse layer.
     """
-    def hook(ff, inputs, output):
-        x, response = inputs[0], batch.response
-        residual = ff.residual(x, batch.generated)
-        consume(ff, x[response], residual[response], output[response])
+    seen = []
+
+    def hook(ff, inputs, output):  # within the layer's call: there FSDP has its weights together
+        residual = ff.residual(inputs[0], batch.generated)
+        seen.append([t[batch.response] for t in (inputs[0], residual, output)])
 
     layers = caprese.sparse_layers(model)
-    hooks = [ff.register_forward_hook(hook) for ff in layers.values()]
-    try:
-        x = model.model.embed(batch.tokens)
-        for i in range(max(layers) + 1):
-            x = run_layer(model, i, batch, x)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    x = model.model.embed(batch.tokens)
+    for i in range(max(layers, default=-1) + 1):
+        if i in layers:
+            with layers[i].register_forward_hook(hook):
+                x, _, _ = run_layer(model, i, batch, x)
+            yield layers[i], *seen.pop()
+        else:
+            x, _, _ = run_layer(model, i, batch, x)
 
 
 def new_moments(model):
@@ -265,21 +234,15 @@ def fit(ff, A, C, rank):
 
 
 @torch.no_grad()
-def layerwise_closed(model, samples, args, progress):
+def layerwise_closed(model, batches, rank, progress):
     """Give every sparse layer the optimum of (7), in one pass of the full model."""
     moments = {ff: new_moments(model) for ff in caprese.sparse_layers(model).values()}
-
-    def consume(ff, x, residual, output):
-        add_moments(*moments[ff], x, residual)  # e of (7) is the residual
-
-    batches = data.batch_indices(samples, args.micro_batch * process_group()[1])
     for _ in progress.steps("layer-wise", 1, correction_parameters(model)):
-        for indices in tqdm(batches, "closed form", leave=False, disable=None):
-            progress.end_if_told(model.device)
-            for batch in micro_batches(samples, indices, args, model.device):
-                stream_residuals(model, batch, consume)
+        for batch in tqdm(batches, "closed form", leave=False, disable=None):
+            for ff, x, residual, _ in stream_residuals(model, batch):
+                add_moments(*moments[ff], x, residual)  # e of (7) is the residual
         for ff, (A, C) in moments.items():
-            fit(ff, A, C, args.rank)
+            fit(ff, A, C, rank)
 
 
 def squared_error(ff, x, residual):
@@ -292,105 +255,81 @@ def layerwise_backward(model, batch, num_tokens):
 
     Returns this batch's part of the mean over num_tokens response tokens.
     """
-    losses = []
-
-    def consume(ff, x, residual, output):
-        with torch.enable_grad():
-            loss = squared_error(ff, x, residual) / num_tokens
-            loss.backward()
-        losses.append(loss.item())
-
-    stream_residuals(model, batch, consume)
-    return sum(losses)
+    total = 0.0
+    for ff, x, residual, _ in stream_residuals(model, batch):
+        loss = squared_error(ff, x, residual) / num_tokens
+        loss.backward()
+        total += loss.item()
+    return total
 
 
+@torch.no_grad()
 def unexplained(model, samples, args):
     """{layer: fraction of the residual's energy in (7) that the correction does not explain}."""
     layers = caprese.sparse_layers(model)
     energies = {ff: torch.zeros(2, dtype=torch.float64) for ff in layers.values()}
-
-    def consume(ff, x, residual, output):
-        energy = residual.float().square().sum()
-        energies[ff] += torch.stack([squared_error(ff, x, residual), energy]).detach().cpu()
-
-    if layers:
-        for batch in data.batches(samples, args.micro_batch, model.device):
-            stream_residuals(model, batch, consume)
+    for batch in data.batches(samples, args.micro_batch, model.device):
+        for ff, x, residual, _ in stream_residuals(model, batch):
+            energy = residual.float().square().sum()
+            energies[ff] += torch.stack([squared_error(ff, x, residual), energy]).cpu()
     return {i: float(energies[ff][0] / energies[ff][1]) for i, ff in layers.items()}
 
 
 # ---- layer-wise, block by block: inputs from the sparse model as fitted so far (ours)
 
 @torch.no_grad()
-def layerwise_sequential(model, samples, args, progress):
+def layerwise_sequential(model, batches, rank, progress):
     """Fit block by block, each on the inputs that the fits before it make.
 
     The target is what takes the block's output to the full model's, so a fit mends what those
-    before it could not. Between two blocks the states of both models wait on the host. Where the
-    samples have more than MAX_WAITING_TOKENS tokens, every n-th of them is used.
+    before it could not. Between two blocks the states of both models wait on the host. A resumed
+    run takes them through the blocks that were fitted before.
     """
     layers = caprese.sparse_layers(model)
     for ff in layers.values():
         ff.R.zero_()  # what is not fitted yet corrects nothing
-    samples, batches = samples_that_fit(samples), []
-    for indices in data.batch_indices(samples, args.micro_batch * process_group()[1]):
-        batches += micro_batches(samples, indices, args, model.device)
     full = [model.model.embed(batch.tokens).cpu() for batch in batches]  # [B, T, D] each
     sparse = list(full)
     last = max(layers)
-    for i in progress.steps("layer-wise", last + 1, correction_parameters(model), every=1):
-        if i == progress.first:  # a resumed run passes the blocks that were fitted before
-            for j in range(i):
-                advance_states(model, j, batches, full, "full", progress)
-                advance_states(model, j, batches, sparse, "mixed", progress)
+    for i in progress.steps("layer-wise", last + 1, correction_parameters(model)):
+        for passed in range(i) if i == progress.first else ():
+            advance_states(model, passed, batches, full, "full")
+            advance_states(model, passed, batches, sparse, "mixed")
         if i in layers:
-            fit_block(model, i, batches, full, sparse, args, progress)
+            fit_block(model, i, batches, full, sparse, rank)
         else:
-            advance_states(model, i, batches, full, "full", progress)
+            advance_states(model, i, batches, full, "full")
         if i < last:
-            advance_states(model, i, batches, sparse, "mixed", progress)
+            advance_states(model, i, batches, sparse, "mixed")
 
 
 def samples_that_fit(samples):
-    """Every n-th sample, so that at most MAX_WAITING_TOKENS tokens wait."""
+    """Every n-th sample, so that at most MAX_WAITING_TOKENS tokens wait between two blocks."""
     tokens = sum(len(prompt) + len(response) for prompt, response in samples)
     return samples[::math.ceil(tokens / MAX_WAITING_TOKENS)]
 
 
-def advance_states(model, i, batches, states, phase, progress):
+def advance_states(model, i, batches, states, phase):
     """Take the waiting states, a list of [B, T, D], through layer i in place."""
     for j, batch in enumerate(batches):
-        progress.end_if_told(model.device)
-        states[j] = run_layer(model, i, batch, states[j].to(model.device), phase).cpu()
+        output, _, _ = run_layer(model, i, batch, states[j].to(model.device), phase)
+        states[j] = output.cpu()
 
 
-def fit_block(model, i, batches, full, sparse, args, progress):
+def fit_block(model, i, batches, full, sparse, rank):
     """Fit L and R of layer i to what the sparse block's output lacks, and advance the full states.
 
     That is the difference of the blocks' outputs, or of the FFs' outputs where a norm stands
     between (Gemma 2).
     """
-    ff = model.model.layers[i].mlp
     A, C = new_moments(model)
-    calls = []
-
-    def hook(ff, inputs, output):
-        calls.append((inputs[0], output))
-
-    handle = ff.register_forward_hook(hook)
-    try:
-        for j, batch in enumerate(batches):
-            progress.end_if_told(model.device)
-            full_output = run_layer(model, i, batch, full[j].to(model.device))
-            sparse_output = run_layer(model, i, batch, sparse[j].to(model.device), "mixed")
-            (_, ff_full), (x, ff_sparse) = calls
-            calls.clear()
-            e = ff_full - ff_sparse if model.config.post_norms else full_output - sparse_output
-            add_moments(A, C, x[batch.response], e[batch.response])
-            full[j] = full_output.cpu()
-    finally:
-        handle.remove()
-    fit(ff, A, C, args.rank)
+    for j, batch in enumerate(batches):
+        full_output, _, ff_full = run_layer(model, i, batch, full[j].to(model.device))
+        output, x, ff_output = run_layer(model, i, batch, sparse[j].to(model.device), "mixed")
+        e = ff_full - ff_output if model.config.post_norms else full_output - output
+        add_moments(A, C, x[batch.response], e[batch.response])
+        full[j] = full_output.cpu()
+    fit(model.model.layers[i].mlp, A, C, rank)
 
 
 # ---- end-to-end
@@ -406,49 +345,42 @@ def e2e_backward(model, batch, num_tokens, loss="mse"):
     with caprese.phase(model, "mixed", batch.generated):  # around backward, which may recompute
         student = model.model(batch.tokens)[batch.response]
         if loss == "mse":
-            total = (student - teacher).float().square().mean(-1).sum() / num_tokens  # (8)
+            total = (student - teacher).float().square().mean(-1).sum()  # (8)
         else:
-            total = 0.0
-            for s, t in zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK)):
-                kl = checkpoint(kl_divergence, model, s, t, use_reentrant=False)
-                total = total + kl / num_tokens
-        total.backward()
-    return total.item()
+            total = kl_divergence(model, student, teacher)
+        mean = total / num_tokens
+        mean.backward()
+    return mean.item()
 
 
 def kl_divergence(model, student, teacher):
-    """Sum over tokens of KL(full || sparse), from final embeddings [N, D] each."""
-    full = model.logits(teacher).float().log_softmax(-1)
+    """Sum over tokens of KL(full || sparse) in nats, from final embeddings [N, D] each."""
+    total = 0.0
+    for s, t in zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK)):
+        total = total + checkpoint(kl_of_chunk, model, s, t, use_reentrant=False)
+    return total
+
+
+def kl_of_chunk(model, student, teacher):
+    """The same of so few tokens that their logits fit into memory."""
+    full = model.logits(teacher).float().log_softmax(-1)  # [N, V]
     sparse = model.logits(student).float().log_softmax(-1)
     return F.kl_div(sparse, full, log_target=True, reduction="sum")
 
 
 @torch.no_grad()
 def kl_to_full(model, samples, micro_batch=4):
-    """How close the sparse model's next-token distributions come to the full model's.
-
-    Over all response positions that have a next token. Returns kl, the mean KL(full || sparse) in
-    nats; agreement, the fraction of equal top tokens; perplexity, of the sparse model.
-    """
-    sums, count = torch.zeros(3, dtype=torch.float64), 0
+    """Mean KL(full || sparse) in nats over all response positions that have a next token."""
+    total, count = 0.0, 0
     for indices in tqdm(data.batch_indices(samples, micro_batch), "KL", leave=False, disable=None):
         batch = data.collate(samples, indices, model.device)
         followed = batch.response[:, :-1] & batch.response[:, 1:]
-        targets = batch.tokens[:, 1:][followed]
         full = model.model(batch.tokens)[:, :-1][followed]  # [N, D]
         with caprese.phase(model, "mixed", batch.generated):
             sparse = model.model(batch.tokens)[:, :-1][followed]
-        chunks = (tensor.split(LOGIT_CHUNK) for tensor in (full, sparse, targets))
-        for full_chunk, sparse_chunk, target in zip(*chunks):
-            full_log = model.logits(full_chunk).float().log_softmax(-1)  # [n, V]
-            sparse_log = model.logits(sparse_chunk).float().log_softmax(-1)
-            kl = F.kl_div(sparse_log, full_log, log_target=True, reduction="sum")
-            agreed = (full_log.argmax(-1) == sparse_log.argmax(-1)).sum()
-            nll = F.nll_loss(sparse_log, target, reduction="sum")
-            sums += torch.stack([kl, agreed, nll]).double().cpu()
-        count += len(targets)
-    kl, agreement, nll = (sums / count).tolist()
-    return {"kl": kl, "agreement": agreement, "perplexity": math.exp(nll)}
+        total += kl_divergence(model, sparse, full).item()
+        count += len(full)
+    return total / count
 
 
 # ---- Adam, and the two stages
@@ -467,7 +399,7 @@ def train(model, samples, backward, args, stage, progress, lr, epochs, batch_siz
         schedule += data.batch_indices(samples, batch_size, seed=args.seed + epoch)
     total = len(schedule)
     warm_up = max(1, round(0.02 * total))
-    for step in progress.steps(stage, total, state):
+    for step in progress.steps(stage, total, state, args.save_every):
         num_tokens = sum(len(samples[i][1]) for i in schedule[step])
         decay = (total - step) / (total - warm_up + 1)
         optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up, decay)
@@ -476,8 +408,6 @@ def train(model, samples, backward, args, stage, progress, lr, epochs, batch_siz
         for batch in micro_batches(samples, schedule[step], args, model.device):
             loss += backward(model, batch, num_tokens)
         all_reduce(loss, *(p.grad for p in learned.values()))
-        if not loss.isfinite():
-            raise ValueError(f"{stage} diverged at step {step}; lower the learning rate")
         optimizer.step()
         progress.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
 
@@ -485,12 +415,15 @@ def train(model, samples, backward, args, stage, progress, lr, epochs, batch_siz
 def layerwise(model, samples, args, progress=None):
     """The layer-wise stage: (7) block by block, in closed form, or by the paper's Adam."""
     progress = progress or Progress()
-    if args.layerwise == "sequential":
-        layerwise_sequential(model, samples, args, progress)
-    elif args.layerwise == "closed":
-        layerwise_closed(model, samples, args, progress)
-    else:
+    if args.layerwise == "adam":
         train(model, samples, layerwise_backward, args, "layer-wise", progress, **ADAM)
+        return
+    if args.layerwise == "sequential":
+        samples = samples_that_fit(samples)
+    by_length = data.batch_indices(samples, len(samples))[0]
+    batches = list(micro_batches(samples, by_length, args, model.device))
+    fit_layers = layerwise_sequential if args.layerwise == "sequential" else layerwise_closed
+    fit_layers(model, batches, args.rank, progress)
 
 
 def end_to_end(model, samples, args, progress=None):
@@ -523,17 +456,15 @@ def read_samples(file, count, args, tokenizer):
 def measure(model, tokenizer, unseen, args):
     """Columns of the table: the bundled model's accuracy on held-out problems, and the KL to the
     full model on each of the unseen sets {name: samples}."""
-    row, count = {}, args.eval_samples
+    row, half = {}, math.ceil(args.eval_samples / 2)
     if not args.model:
-        maths = data.problems("maths", count, EVALUATION_SEED, evaluation=True)
-        reading = data.problems("reading", math.ceil(count / 2), EVALUATION_SEED, evaluation=True,
-                                distinct=True)
+        maths = data.problems("maths", args.eval_samples, EVALUATION_SEED, evaluation=True)
+        reading = data.problems("reading", half, EVALUATION_SEED, evaluation=True)
         row["math_accuracy"], row["mean_response_tokens"] = sample.evaluate(
             model, tokenizer, maths, max_new_tokens=128)
         row["reading_accuracy"], _ = sample.evaluate(model, tokenizer, reading, max_new_tokens=128)
     for name, samples in unseen.items():
-        for key, value in kl_to_full(model, samples, args.micro_batch).items():
-            row[f"{name} {key}"] = value
+        row[f"{name} kl"] = kl_to_full(model, samples, args.micro_batch)
     return row
 
 
@@ -550,143 +481,107 @@ def recovered(rows):
 
 
 def layer_indices(text):
-    """What --layers gives: "all", or indices."""
-    if text != "all" and not all(i.isdecimal() for i in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text} is neither all nor indices as 0,1,2")
+    """What --layers gives: "all", or indices; argparse reports anything else."""
     return text if text == "all" else [int(i) for i in text.split(",")]
 
 
 def arguments(argv=None):
     """The command line, the defaults filled in; ValueError for flags that do not go together."""
     parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0]))
-    add = parser.add_argument
-    add("--data", action="append", default=[], metavar="FILE",
-        help="training samples, JSONL or JSON, local or hf://datasets/OWNER/NAME/FILE; repeatable")
-    add("--eval-data", action="append", default=[], metavar="FILE",
-        help="unseen samples to measure the KL to the full model on; repeatable")
-    add("--samples", type=sample.positive,
-        help="training samples of each file at most " + default("samples"))
+    parser.epilog = f"Defaults: {DEFAULTS}; bundled model: {BUNDLED}; with --paper: {PAPER}"
+    add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
+    add("--data", help="training samples: JSONL, JSON, hf://datasets/OWNER/NAME/FILE", **files)
+    add("--eval-data", help="unseen samples to measure the KL to the full model on", **files)
+    add("--samples", type=sample.positive, help="training samples of each file at most")
     add("--eval-samples", type=sample.positive, default=500, help="default: %(default)s")
     add("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
     add("--skip-bad", action="store_true", help="drop lines that are no samples, and name them")
-    add("--paper", action="store_true", help="the paper's choices wherever a flag is not given")
+    add("--paper", action="store_true", help="the paper's recipe, but for the flags given")
     add("--method", choices=caprese.METHODS, default="griffin")
-    add("--density", type=float, help="kept neurons, in (0, 1] " + default("density"))
-    add("--layers", type=layer_indices,
-        help="all, or indices as 0,1,2 (default: for griffin the first half, else all)")
-    add("--rank", type=sample.positive, help="r " + default("rank"))
+    add("--density", type=float, default=0.5, help="kept neurons, in (0, 1] (default: %(default)s)")
+    add("--layers", type=layer_indices, help="all, or numbers as 0,1,2 (default: as in the paper)")
+    add("--rank", type=sample.positive, help="r")
     add("--layerwise", choices=("sequential", "closed", "adam", "none"),
-        help="(7) in closed form on the inputs that earlier fits make, or on the full model's; by "
-        "the paper's Adam; or not " + default("layerwise"))
-    add("--loss", choices=("mse", "kl"),
-        help="end-to-end: on the final embedding, or on the logits " + default("loss"))
-    add("--e2e-lr", type=float, help=default("e2e_lr"))
-    add("--e2e-epochs", type=int, help="0: no end-to-end stage " + default("e2e_epochs"))
-    add("--e2e-batch-size", type=sample.positive, help=default("e2e_batch_size"))
+        help="(7) block by block, for all blocks at once, by the paper's Adam, or not at all")
+    add("--loss", choices=("mse", "kl"), help="end-to-end: on the final embedding or the logits")
+    add("--e2e-lr", type=float)
+    add("--e2e-epochs", type=int, help="0: no end-to-end stage")
+    add("--e2e-batch-size", type=sample.positive)
     add("--micro-batch", type=sample.positive, default=16,
         help="samples that pass through the model at once (default: %(default)s)")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="recompute activations, for memory (default: yes; bundled model: no)")
     add("--fsdp", action="store_true", help="under torchrun: shard the base over the devices")
-    add("--save-every", type=sample.positive, default=100, help="steps (default: %(default)s)")
+    add("--save-every", type=sample.positive, default=20, help="steps (default: %(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run from --out's .state")
     add("--out", default="adapter.safetensors", help="adapter to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    fill_defaults(args)
+    recipe = DEFAULTS if args.model else BUNDLED
+    if args.paper:  # the bundled model has no room for a rank of 256
+        recipe = PAPER if args.model else PAPER | {"rank": BUNDLED["rank"]}
+    parser.set_defaults(**recipe, gradient_checkpointing=bool(args.model))
+    args = parser.parse_args(argv)
     check_arguments(args)
     return args
 
 
-def default(key):
-    """The help text of a default."""
-    return f"(default: {DEFAULTS[key]}; bundled model: {BUNDLED[key]}; --paper: {PAPER[key]})"
-
-
-def fill_defaults(args):
-    """Set the flags that are not given.
-
-    With --paper all are the paper's, but the bundled model has no room for a rank of 256.
-    """
-    values = DEFAULTS if args.model else BUNDLED
-    if args.paper:
-        values = PAPER if args.model else PAPER | {"rank": BUNDLED["rank"]}
-    for key, value in (values | {"gradient_checkpointing": bool(args.model)}).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
-
-
 def check_arguments(args):
     """ValueError, in one line, for flags that cannot be served."""
-    if args.fsdp and args.method == "int4":
-        raise ValueError("int4 rounds whole weights; it does not run with --fsdp")
-    if args.fsdp and "WORLD_SIZE" not in os.environ:
-        raise ValueError("--fsdp needs torchrun --nproc_per_node=N distill.py --fsdp ...")
+    if args.fsdp and ("WORLD_SIZE" not in os.environ or args.method == "int4"):
+        raise ValueError("--fsdp needs torchrun --nproc_per_node=N, and a method other than int4")
     if bool(args.model) != bool(args.data):
         raise ValueError("--model and --data go together: a model and the samples that teach it")
-    if args.e2e_epochs < 0 or args.layerwise == "none" and args.e2e_epochs == 0:
+    if args.layerwise == "none" and args.e2e_epochs <= 0:
         raise ValueError("nothing is learned: give --layerwise or --e2e-epochs above 0")
-    names = [Path(file).stem for file in args.eval_data]
-    if len(set(names)) < len(names):
+    if len({Path(file).stem for file in args.eval_data}) < len(args.eval_data):
         raise ValueError("two --eval-data files have one name, as columns; rename one")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"the folder of --out {args.out} does not exist")
 
 
-def settings(args):
-    """What a resumed run must have in common with the interrupted one."""
-    may_differ = ("device", "json", "resume", "save_every", "fsdp", "gradient_checkpointing")
-    return {key: value for key, value in vars(args).items() if key not in may_differ}
-
-
-def describe(args, model, samples, where):
+def describe(args, samples):
     """The two lines at the start."""
     kept = "weights of 4 bits" if args.method == "int4" else f"density {args.density}"
-    text = (f"Distilling {args.method}, {kept}, x L R of rank {args.rank}, into "
-            f"{args.model or 'the bundled model'} on {where}.\n{len(samples)} samples, layer-wise "
-            f"{args.layerwise}, end-to-end {args.e2e_epochs} epochs by {args.loss}.")
-    fitting = len(samples_that_fit(samples))
-    if args.layerwise == "sequential" and fitting < len(samples):
-        text += f" Layer-wise takes {fitting} of them, for memory."
+    base = args.model or "the bundled model (by default about 2 minutes on 2 cores)"
+    fitting = samples_that_fit(samples) if args.layerwise == "sequential" else samples
+    text = (f"Distilling {args.method}, {kept}, x L R of rank {args.rank}, into {base} on "
+            f"{process_group()[1]} x {args.device}.\nLayer-wise: {args.layerwise}, {len(fitting)} "
+            f"samples. End-to-end: {args.loss}, {len(samples)} samples, {args.e2e_epochs} epochs "
+            f"in batches of {args.e2e_batch_size}, Adam at {args.e2e_lr:g}.")
     if args.paper:
         ours = [f"{key} {getattr(args, key)}" for key in PAPER if getattr(args, key) != PAPER[key]]
-        if model.dtype != torch.bfloat16:
-            ours.append(str(model.dtype))
+        if sample.choose_dtype(args) not in (None, torch.bfloat16):
+            ours.append(str(sample.choose_dtype(args)))
         text += f" Not the paper's: {', '.join(ours) or 'nothing'}."
     return text
-
-
-def sample_command(args):
-    """The command that tries the adapter."""
-    words = ["python", "sample.py", "--adapter", str(args.out)]
-    if args.model:
-        words += ["--model", args.model, "your question"]
-    return shlex.join(words)
 
 
 def distill(args):
     """Both stages and the table, as args say; writes the adapter."""
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
-    progress = Progress(f"{args.out}.state", args.save_every, settings(args), args.resume)
+    may_differ = ("device", "json", "resume", "save_every", "fsdp", "gradient_checkpointing")
+    settings = {key: value for key, value in vars(args).items() if key not in may_differ}
+    progress = Progress(f"{args.out}.state", settings, args.resume)
     tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
     samples, unseen = training_samples(args, tokenizer), {}
     for file in args.eval_data:
         unseen[Path(file).stem] = read_samples(file, args.eval_samples, args, tokenizer)
+    print(describe(args, samples), file=out)
     model, _ = sample.load(args, "cpu" if args.fsdp else args.device)
-    where = f"{process_group()[1]} x {args.device}"
     if args.fsdp:
-        where += f", each with {shard(model, args.device):.0%} of the base weights"
+        held = shard(model, args.device)
+        print(f"Each device holds {held:.0%} of the layers' weights.", file=out)
     layers = range(len(model.model.layers)) if args.layers == "all" else args.layers
     caprese.attach(model, args.method, args.density, layers, args.rank)
-    print(describe(args, model, samples, where), file=out)
-    rows = progress.rows
+    rows = progress.state["rows"]
 
-    def record(method, seconds=0.0):
+    def record(method):
         fractions = unexplained(model, samples[:UNEXPLAINED_SAMPLES], args).values()
         added = 100 * caprese.added_parameters(model) if len(rows) > 1 else 0.0
         rows.append({"method": method, **measure(model, tokenizer, unseen, args),
-                     "recovered": None, "unexplained": sum(fractions) / max(1, len(fractions)),
-                     "seconds": seconds, "added_parameters_percent": added})
+                     "unexplained": sum(fractions) / max(1, len(fractions)),
+                     "seconds": progress.state["seconds"], "added_parameters_percent": added})
         rows[-1]["recovered"] = recovered(rows)
 
     if not rows:
@@ -694,26 +589,33 @@ def distill(args):
         record("full")
         caprese.attach(model, args.method, args.density, layers, args.rank)
         record(args.method)
-    if progress.stage != "E2E" and args.layerwise != "none":
+    if progress.state["stage"] != "E2E" and args.layerwise != "none":
         layerwise(model, samples, args, progress)
-        record("+ layer-wise", progress.seconds)
-    if args.e2e_epochs:
+        record("+ layer-wise")
+    if args.e2e_epochs > 0:
         end_to_end(model, samples, args, progress)
-        record("+ E2E", progress.seconds)
+        record("+ E2E")
+    command = ["python", "sample.py", "--adapter", args.out]
+    if args.model:
+        command += ["--model", args.model, "your question"]
     if process_group()[0] == 0:
         caprese.save_adapter(model, args.out)
         Path(progress.file).unlink(missing_ok=True)
-    print(f"\n{sample.format_table(rows)}\n\nwrote {args.out}; try: {sample_command(args)}",
-          file=out)
+    print(f"\n{sample.format_table(rows)}\n", file=out)
+    print(f"wrote {args.out}; try: {shlex.join(command)}", file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))
 
 
 def main():
     args = arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        start_processes(args)
+        if "WORLD_SIZE" in os.environ:
+            start_processes(args)
         distill(args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("(--resume goes on from the last checkpoint, if any)") from None
     except Exception as error:
         if "WORLD_SIZE" not in os.environ:
             raise

@@ -40,7 +40,8 @@ def moments(model, samples):
             total += addend
 
     for batch in data.batches(samples, batch_size=16, device=model.device):
-        distill.stream_residuals(model, batch, consume)
+        for found in distill.stream_residuals(model, batch):
+            consume(*found)
     return {i: sums[ff] for i, ff in caprese.sparse_layers(model).items()}
 
 
