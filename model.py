@@ -9,7 +9,7 @@ The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config a
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 # What each family's own code assumes: of keys that config.json leaves out, and of what no key says.
 FAMILIES = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False,
-                "o_bias": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
+                "max_window_layers": 0},
     "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
     "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
+               "use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
                "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                "hidden_activation": "gelu_pytorch_tanh", "scale_embeddings": True,
@@ -33,18 +34,11 @@ FAMILIES = {
 # For these keys null is a value of its own: no window, no cap, as many as there are heads.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
+ACTIVATIONS = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_FILES = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
               "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
               "special_tokens_map.json", "chat_template.jinja"]
-
-
-def gelu_tanh(x):
-    """GELU in its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
 
 
 # ---- config.json
@@ -83,107 +77,84 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}, but must be a positive whole number")
-            if field.type in (float, float | None) and value is not None:
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise ValueError(f"{field.name} is {value!r}, but must be a positive number")
+            if field.type in (int, float, float | None) and value is not None:
+                kinds = (int,) if field.type is int else (int, float)
+                if type(value) not in kinds or not 0 < value < math.inf:
+                    raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(f"{self.num_attention_heads} heads cannot share "
                              f"{self.num_key_value_heads} key/value heads of size {self.head_dim}")
 
     @classmethod
-    def from_dict(cls, raw):
+    def from_dict(cls, raw, source="config.json"):
         """Read a config.json of the classic or the newer style (rope_parameters, layer_types).
 
-        Raises ValueError naming whatever is missing or not implemented.
+        Raises ValueError naming the source and whatever is missing or not implemented.
         """
-        model_type = raw.get("model_type")
-        refuse_other_models(raw, model_type)
-        family = FAMILIES[model_type]
-        raw = family | {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
-        # Gemma 2's code ignores hidden_act, which its first config files carry as well.
-        act = raw["hidden_activation"] if model_type == "gemma2" else raw.get("hidden_act", "silu")
-        dtype = str(raw.get("dtype", raw.get("torch_dtype", "float32"))).removeprefix("torch.")
-        for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
-            if value not in known:
-                raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
-        bias = bool(raw.get("attention_bias"))
-        optional = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-                    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-        traits = ("qk_norm", "scale_embeddings", "norm_plus_one", "post_norms")
         try:
+            refuse_other_models(raw)
+            bias = bool(raw.get("attention_bias"))
+            given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
+            raw = {"qkv_bias": bias, "o_bias": bias} | FAMILIES[raw["model_type"]] | given
             heads = raw["num_attention_heads"]
-            return cls(
-                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"],
-                raw["num_hidden_layers"], heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                hidden_act=act, dtype=DTYPES[dtype], windows=layer_windows(raw, model_type),
-                qkv_bias=family.get("qkv_bias", bias), o_bias=family.get("o_bias", bias),
-                **{key: family.get(key, False) for key in traits},
-                **{key: raw[key] for key in optional if key in raw}, **rope_fields(raw))
+            # Gemma 2's code ignores hidden_act, which its first config files carry as well.
+            act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
+            dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
+            for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
+                if value not in known:
+                    raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
+            raw |= rope_fields(raw) | {
+                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+                "head_dim": raw.get("head_dim", raw["hidden_size"] // heads),
+                "windows": layer_windows(raw), "hidden_act": act, "dtype": DTYPES[dtype]}
+            names = [f.name for f in fields(cls) if f.name in raw or f.default is MISSING]
+            return cls(**{name: raw[name] for name in names})
         except KeyError as error:
-            raise ValueError(f"config.json lacks {error}") from None
-        except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"config.json: {error}") from None
+            raise ValueError(f"{source} lacks {error}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{source} holds a value that cannot be used: {error}") from None
 
 
-def refuse_other_models(raw, model_type):
+def refuse_other_models(raw):
     """ValueError for a config.json of anything but an implemented causal language model."""
+    model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    for name in raw.get("architectures") or []:
-        if name.lower() != f"{model_type}forcausallm":
-            raise ValueError(f"architecture {name!r} is no causal language model of ours")
     for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
         if raw.get(key):
-            raise ValueError(f"config.json sets {key}, which is not implemented")
+            raise ValueError(f"{key} is not implemented")
 
 
 def rope_fields(raw):
     """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}, but must be an object or null")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters per layer type are not implemented")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    own = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(own, dict) or any(isinstance(value, dict) for value in own.values()):
+        raise ValueError(f"rope_scaling is {own!r}, but must be one object, none per layer type")
+    kind = own.get("rope_type", own.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope type {kind!r} is not one of default, llama3")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | raw | own
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    if kind == "default":
-        return {"rope_theta": theta}
-    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {"rope_theta": theta, "rope_scaling": {key: float(rope[key]) for key in keys}}
+    scaling = {key: float(rope[key]) for key in keys} if kind == "llama3" else None
+    return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
 
 
-def layer_windows(raw, model_type):
+def layer_windows(raw):
     """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    switched_on = raw.get("use_sliding_window")  # Qwen configs carry a window even where it is off
-    if model_type == "llama" or model_type.startswith("qwen") and not switched_on:
-        window = None
+    # Qwen configs carry a window even where it is off.
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"sliding_window is {window!r}, but must be a positive whole number")
-    types = raw.get("layer_types")
+        raise ValueError(f"sliding_window is {window!r}, not a positive int")
+    layers, types = range(raw["num_hidden_layers"]), raw.get("layer_types")
+    sliding = layers[raw.get("max_window_layers", 28)::raw.get("window_step", 1)]
     if types:
-        if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers, of kinds "
-                             f"{sorted(set(types))}; known are full and sliding_attention")
-        slides = [kind == "sliding_attention" for kind in types]
-    elif model_type == "mistral":
-        slides = [True] * layers
-    elif model_type == "gemma2":
-        slides = [i % 2 == 0 for i in range(layers)]
-    else:
-        slides = [i >= raw.get("max_window_layers", 28) for i in range(layers)]
-    return tuple(window if slide else None for slide in slides)
+        if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"layer_types has {len(types)} entries for {len(layers)} layers, "
+                             f"of the kinds {', '.join(sorted(set(types)))}")
+        sliding = [i for i in layers if types[i] == "sliding_attention"]
+    return tuple(window if i in sliding else None for i in layers)
 
 
 # ---- the parts
@@ -510,10 +481,8 @@ class Transformer(nn.Module):
         the file and the tensor at fault.
         """
         folder = resolve(path_or_repo_id)
-        try:
-            config = Config.from_dict(read_json(folder / "config.json"))
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+        file = folder / "config.json"
+        config = Config.from_dict(read_json(file), file)
         with torch.device("meta"):
             model = cls(config)
         state = load_weights(folder, model, device, dtype or config.dtype)
