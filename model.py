@@ -36,9 +36,8 @@ NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping
             "num_key_value_heads")
 ACTIVATIONS = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPO_FILES = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-              "special_tokens_map.json", "chat_template.jinja"]
+REPO_FILES = ["config.json", "generation_config.json", "model*.safetensors", "tokenizer.json",
+              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
 # ---- config.json
@@ -575,8 +574,6 @@ def read_json(file):
     """The object in a JSON file; FileNotFoundError or ValueError in one line that names it."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing from a folder in the official layout") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -593,9 +590,8 @@ def resolve(path_or_repo_id):
     folder, name = Path(path_or_repo_id).expanduser(), str(path_or_repo_id)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; give the folder that holds config.json")
-    if isinstance(path_or_repo_id, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    is_id = isinstance(path_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    if folder.exists() or not is_id:
         raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
     try:
         from huggingface_hub import snapshot_download
@@ -607,55 +603,38 @@ def resolve(path_or_repo_id):
 
 
 def load_weights(folder, model, device, dtype):
-    """The state dict of `model`, read from the safetensors files in `folder`.
+    """The state dict of `model`, read from the model*.safetensors files in `folder`.
 
     Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
     on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
     or OSError naming the file and the tensor.
     """
-    from safetensors import SafetensorError
-    source, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files, hint = [source], "weights are read from safetensors files only"
-    if not source.exists() and index.exists():
-        source, hint = index, f"{index.name} names it"
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map must be an object")
-        files = sorted({folder / str(file) for file in weight_map.values()})
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = {}
+    from safetensors import SafetensorError, safe_open
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no model*.safetensors; no other weights are read")
+    expected, state = model.state_dict(), {}
     for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing; {hint}")
         try:
-            state |= read_shard(file, shapes, device, dtype)
+            with safe_open(file, framework="pt") as shard:
+                names = shard.keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-    missing = [name for name in shapes if name not in state]
+        for name in names:
+            if name not in expected:
+                if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                    continue  # a tied head, a table: some converters store them though they follow
+                raise ValueError(f"{file}: unexpected tensor {name}")
+            # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
+            with safe_open(file, framework="pt") as shard:
+                tensor = shard.get_tensor(name)
+            shape = expected[name].shape
+            if tensor.shape != shape or tensor.dtype not in DTYPES.values():
+                raise ValueError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                                 f"but must be floats {list(shape)}")
+            state[name] = tensor.to(device).to(dtype)  # the device casts faster
+    missing = [name for name in expected if name not in state]
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    return state
-
-
-def read_shard(file, shapes, device, dtype):
-    """{name: tensor} of one memory-mapped safetensors file; ValueError for an unexpected tensor."""
-    from safetensors import safe_open
-    with safe_open(file, framework="pt") as shard:
-        names = shard.keys()
-    state = {}
-    for name in names:
-        if name not in shapes:
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue  # a tied head, a table: some converters store them though they follow
-            raise ValueError(f"{file}: unexpected tensor {name}")
-        # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-        with safe_open(file, framework="pt") as shard:
-            part = shard.get_slice(name)
-            if part.get_shape() != shapes[name]:
-                raise ValueError(f"{file}: {name} has shape {part.get_shape()}, "
-                                 f"config.json asks for {shapes[name]}")
-            if part.get_dtype() not in ("F32", "BF16", "F16"):
-                raise ValueError(f"{file}: {name} holds {part.get_dtype()}, not floats")
-            tensor = shard.get_tensor(name)
-        state[name] = tensor.to(device).to(dtype)  # the device casts faster
+        raise ValueError(f"the model*.safetensors in {folder} lack {len(missing)} tensors, "
+                         f"the first is {missing[0]}; is a file missing?")
     return state
