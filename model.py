@@ -212,12 +212,8 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self.capacity = capacity  # S, the most tokens that a row can hold
         self.max_length, self.ragged, self.num_keys = 0, False, None
-
-    @property
-    def capacity(self):
-        """S, the most tokens that a row can hold."""
-        return self.k[0].shape[2]
 
     def advance(self, tokens):
         """Every row holds so many tokens more (or, if negative, fewer)."""
@@ -239,7 +235,7 @@ class Cache:
 
     def write(self, layer, k, v, positions):
         """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
-        start, end = self.max_length, self.max_length + k.shape[2]
+        start, end = self.max_length, self.num_keys or self.max_length + k.shape[2]
         if self.ragged or self.num_keys:
             rows = torch.arange(len(k), device=k.device)[:, None]
             self.k[layer][rows, :, positions] = k.transpose(1, 2)
@@ -247,17 +243,15 @@ class Cache:
         else:
             self.k[layer][:, :, start:end] = k
             self.v[layer][:, :, start:end] = v
-        num_keys = self.num_keys or end
-        return self.k[layer][:, :, :num_keys], self.v[layer][:, :, :num_keys]
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 def attention_mask(positions, num_keys, window):
     """Bool [B, 1, T, num_keys]: key j is seen from position i if i - window < j <= i."""
     j = torch.arange(num_keys, device=positions.device)
     i = positions[:, None, :, None]
-    if window is None:
-        return j <= i
-    return (j <= i) & (j > i - window)
+    past = j <= i
+    return past if window is None else past & (j > i - window)
 
 
 class Attention(nn.Module):
@@ -297,28 +291,25 @@ class Attention(nn.Module):
         """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
         mask: bool [B, 1, T, S]; or None, then one token attends to all keys and several tokens,
-        which are all the keys there are, attend causally.
+        which are all the keys there are, attend causally. With soft-capping several tokens have a
+        mask.
         """
-        shape, (B, K, S, _) = q.shape, k.shape
-        causal = mask is None and shape[2] > 1
+        shape, (B, K) = q.shape, k.shape[:2]
         if shape[2] == 1:  # heads that share keys stand side by side like tokens: no key is copied
             q = q.reshape(B, K, -1, shape[-1])
-        grouped = q.shape[1] != K
         if not self.softcap:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                                 scale=self.scale, enable_gqa=grouped)
+            causal = mask is None and shape[2] > 1
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale,
+                                                 enable_gqa=q.shape[1] != K)
             return out.reshape(shape)
         # tanh sits between scores and softmax (Gemma 2); the fused kernel has no place for it.
-        if grouped:
-            k = k.repeat_interleave(q.shape[1] // K, dim=1)
-            v = v.repeat_interleave(q.shape[1] // K, dim=1)
-        scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
-        if causal:
-            mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
+        q = q.unflatten(1, (K, -1))  # [B, K, H/K, T, d]
+        scores = q @ k[:, :, None].mT * (self.scale / self.softcap)  # [B, K, H/K, T, S]
+        scores = torch.tanh(scores) * self.softcap
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores.masked_fill(~mask[:, :, None], -math.inf)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        return (weights @ v).reshape(shape)
+        return (weights @ v[:, :, None]).reshape(shape)
 
 
 class MLP(nn.Module):
@@ -373,7 +364,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.inv_freq = None
+        self.inv_freq = rope_frequencies(config)
         self.gradient_checkpointing = False  # distill.py turns it on for large models
 
     def forward(self, tokens, cache=None):
@@ -400,25 +391,24 @@ class Decoder(nn.Module):
 
     def layer_inputs(self, tokens, cache=None):
         """For each layer, what it gets beside x: (positions [B or 1, T], rope, mask, cache)."""
-        T, device = tokens.shape[1], tokens.device
-        if cache is None:
-            start, num_keys, ragged = torch.zeros(1, dtype=torch.long, device=device), T, False
-        else:
-            start, num_keys = cache.lengths, cache.num_keys or cache.max_length + T
+        T = tokens.shape[1]
+        positions, num_keys, ragged = torch.arange(T, device=tokens.device)[None], T, False
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
+            num_keys = cache.num_keys or cache.max_length + T
             ragged = cache.ragged or cache.num_keys is not None
-        positions = start[:, None] + torch.arange(T, device=device)
         rope = self.rope(positions)
+        causal = T == num_keys and not self.config.attn_logit_softcapping
         masks = {}
         for window in set(self.config.windows):  # no mask where Attention.attend needs none
             slides = window is not None and num_keys > window
-            needed = ragged or slides or 1 < T < num_keys
+            needed = ragged or slides or T > 1 and not causal
             masks[window] = attention_mask(positions, num_keys, window) if needed else None
         return [(positions, rope, masks[window], cache) for window in self.config.windows]
 
     def rope(self, positions):
         """cos and sin [B or 1, T, 1, d] of the rotary angles, made in float32, in our dtype."""
-        if self.inv_freq is None or self.inv_freq.device != positions.device:
-            self.inv_freq = rope_frequencies(self.config).to(positions.device)
+        self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[:, :, None, None].float() * self.inv_freq  # [B, T, 1, d/2]
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(self.norm.weight.dtype), angles.sin().to(self.norm.weight.dtype)
@@ -467,8 +457,7 @@ class Transformer(nn.Module):
             last.cache.set_lengths(torch.zeros_like(last.cache.lengths))
             return last
         self.last_step = None  # its memory is free before the next one needs it
-        rounded = -(-capacity // 1024) * 1024
-        capacity = min(rounded, self.config.max_position_embeddings)
+        capacity = min(1024 * math.ceil(capacity / 1024), self.config.max_position_embeddings)
         self.last_step = Step(self, self.new_cache(batch_size, capacity))
         return self.last_step
 
@@ -498,10 +487,9 @@ class Step:
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
-        device = cache.lengths.device
-        self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros_like(cache.lengths)[:, None]
         self.graphs = {}    # number of keys: (graph, its logits)
-        self.identity = []  # addresses and shapes of what the graphs read
+        self.identity = []  # addresses and shapes of what the graphs read, and the modules
 
     def __call__(self, tokens):
         self.tokens[:, 0] = tokens
@@ -521,12 +509,10 @@ class Step:
         To be called whenever that may have changed.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        modules = list(self.model.modules())
-        now = [(t.data_ptr(), t.shape) for t in tensors] + [id(module) for module in modules]
+        now = [(t.data_ptr(), t.shape) for t in tensors] + list(self.model.modules())
         if now != self.identity:
             self.graphs, self.identity = {}, now
-            # Both are held, so that no address is used again.
-            self.captured, self.modules = [t.detach() for t in tensors], modules
+            self.captured = [t.detach() for t in tensors]  # held, so that no address is used again
 
     def reorder(self, rows):
         """A Step that continues with these rows [n] int64; a row may occur several times."""
@@ -544,9 +530,9 @@ class Step:
     def run(self, num_keys=None):
         """The step itself. With num_keys it reads so many positions, whatever the rows hold."""
         onednn = torch.backends.mkldnn.enabled
+        # For one row in bfloat16 torch's own CPU product is faster.
+        torch.backends.mkldnn.enabled = onednn and len(self.tokens) > 1
         self.cache.num_keys = num_keys
-        if len(self.tokens) == 1:  # for one row in bfloat16 torch's own CPU product is faster
-            torch.backends.mkldnn.enabled = False
         try:
             hidden_states = self.model.model(self.tokens, self.cache)
             return self.model.logits(hidden_states[:, -1])
@@ -555,12 +541,8 @@ class Step:
 
     def capture(self, num_keys):
         """(CUDA graph of run(num_keys), its logits)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once for real: what libraries set up is no part of a graph
-            self.run(num_keys)
-            self.cache.advance(-1)
-        torch.cuda.current_stream().wait_stream(side)
+        self.run(num_keys)  # once for real: what libraries set up is no part of a graph
+        self.cache.advance(-1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.run(num_keys)
