@@ -19,15 +19,14 @@ SparseFF.gather and fused as well, which do the same on the kept neurons alone.
 import hashlib
 import json
 import math
-import os
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 METHODS = ("griffin", "cats", "topk", "int4")
-INT4_GROUP = 64  # weights that share one scale and one offset in 4 bits
 
 
 # ---- what the prompt says about the neurons
@@ -57,11 +56,9 @@ def quantile(values, q):
     """
     values = values.float()
     position = q * (len(values) - 1)
-    below = math.floor(position)
-    above = min(below + 1, len(values) - 1)
-    low = values.kthvalue(below + 1).values
-    high = values.kthvalue(above + 1).values
-    return torch.lerp(low, high, position - below)
+    low = values.kthvalue(math.floor(position) + 1).values
+    high = values.kthvalue(math.ceil(position) + 1).values
+    return torch.lerp(low, high, position % 1)
 
 
 def threshold(gate, density, counted=None):
@@ -72,23 +69,19 @@ def threshold(gate, density, counted=None):
     """
     if density == 1:
         return torch.zeros(len(gate), device=gate.device)
-    taus = []
-    for row in range(len(gate)):
-        tokens = gate[row] if counted is None else gate[row][counted[row]]
-        taus.append(quantile(tokens.abs().flatten(), 1 - density))
-    return torch.stack(taus)
+    rows = gate if counted is None else [row[mask] for row, mask in zip(gate, counted)]
+    return torch.stack([quantile(row.abs().flatten(), 1 - density) for row in rows])  # (5)
 
 
-def quantise(weight, group=INT4_GROUP):
-    """Round weight [out, in] to 4 bits, in groups along `in` with a scale and an offset each.
+def quantise(weight, group=64):
+    """Round weight [out, in] to 4 bits: `group` neighbours along `in` share a scale and an offset.
 
     Returns the rounded values in the weight's own shape and dtype (appendix D). This simulates the
     quality of 4 bits, not their speed.
     """
     size = math.gcd(group, weight.shape[1])
     w = weight.detach().float().unflatten(1, (-1, size))  # [out, groups, size]
-    low = w.amin(-1, keepdim=True)
-    high = w.amax(-1, keepdim=True)
+    low, high = w.aminmax(dim=-1, keepdim=True)
     scale = (high - low).clamp_min(1e-12) / 15
     rounded = ((w - low) / scale).round() * scale + low
     return rounded.flatten(1).to(weight.dtype)
@@ -132,9 +125,8 @@ class SparseFF(nn.Module):
 
     def new_adapter(self, rank):
         """Create L and R. R is zero, so that training starts from the sparse method exactly."""
-        D, device = self.gate_proj.in_features, self.gate_proj.weight.device
-        self.L = nn.Parameter(torch.randn(D, rank, device=device) * D ** -0.5)
-        self.R = nn.Parameter(torch.zeros(rank, D, device=device))
+        D = self.gate_proj.in_features
+        self.set_adapter(L=torch.randn(D, rank) * D ** -0.5, R=torch.zeros(rank, D))
 
     def set_adapter(self, L, R):
         """Take L [D, r] and R [r, D] as the correction; r may be another than before.
@@ -142,11 +134,10 @@ class SparseFF(nn.Module):
         Raises ValueError if the shapes do not fit or a value is not finite.
         """
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
-        if L.dim() != 2 or L.shape[0] != D or R.shape != (L.shape[1], D):
+        fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
+        if not fits or not L.isfinite().all() or not R.isfinite().all():
             raise ValueError(f"L {list(L.shape)} and R {list(R.shape)} must have the shapes "
-                             f"[{D}, rank] and [rank, {D}]")
-        if not (L.isfinite().all() and R.isfinite().all()):
-            raise ValueError("L or R holds a value that is not finite")
+                             f"[{D}, rank] and [rank, {D}], and finite values")
         self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous())
         self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous())
 
@@ -178,19 +169,17 @@ class SparseFF(nn.Module):
     @torch.no_grad()
     def prompt_statistic(self, gate, z, counted=None):
         """GRIFFIN's s [B, F] or CATS' tau [B] of the counted tokens; None for the other methods."""
-        if self.method == "griffin":
-            return statistic(z, counted)
         if self.method == "cats":
             return threshold(gate, self.density, counted)
-        return None
+        return statistic(z, counted) if self.method == "griffin" else None
 
     def count(self, gate, z, counted=None):
         """Add tokens of the full model to the statistic."""
-        if self.method == "griffin" and self.statistic is not None:
+        if self.statistic is None:
+            self.statistic = self.prompt_statistic(gate, z, counted)
+        elif self.method == "griffin":  # CATS' tau is that of the prefill alone
             new = self.prompt_statistic(gate, z, counted)
             self.statistic = torch.hypot(self.statistic, new)  # section 4.1.1: sqrt(s^2 + s_G^2)
-        elif self.statistic is None:  # CATS' tau is that of the prefill alone
-            self.statistic = self.prompt_statistic(gate, z, counted)
 
     def top_neurons(self, s):
         """The top-k neurons of s [B, F] -> [B, k], ascending as in memory."""
@@ -239,7 +228,6 @@ class SparseFF(nn.Module):
         z = torch.where(generated, self.sparsify(gate, z, selection), z)
         return self.down_proj(z) + torch.where(generated, self.correction(x), 0)
 
-    @torch.no_grad()
     def residual(self, x, generated):
         """FF(x) - FF_sparse(x), which equation (7) regresses on x: [B, T, D] -> [B, T, D]."""
         gate, z = self.neurons(x)
@@ -254,8 +242,7 @@ class SparseFF(nn.Module):
         """The buffer of this name and shape: the one that is there, if it fits, else a new one."""
         device, old = self.gate_proj.weight.device, getattr(self, name)
         if old is None or (old.shape, old.dtype, old.device) != (shape, dtype, device):
-            new = torch.empty(shape, dtype=dtype, device=device)
-            self.register_buffer(name, new, persistent=False)
+            setattr(self, name, torch.empty(shape, dtype=dtype, device=device))
         return getattr(self, name)
 
     def select_rows(self):
@@ -306,8 +293,8 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
     if layers is None:
         layers = range(max(1, total // 2) if method == "griffin" else total)
-    known = all(isinstance(i, int) and 0 <= i < total for i in layers)
-    if not known or not 0 < len(set(layers)) == len(layers):
+    known = set(layers) & set(range(total))
+    if not 0 < len(known) == len(layers):
         raise ValueError(f"layers are {layers}, but must be different numbers in 0..{total - 1}")
     detach(model)
     shared_phase = Phase()
@@ -340,8 +327,7 @@ def phase(model, name, mask=None):
     """
     if name not in ("full", "prompt", "sparse", "mixed"):
         raise ValueError(f"unknown phase {name!r}")
-    layers = sparse_layers(model)
-    shared = next(iter(layers.values())).phase if layers else Phase()
+    shared = next((ff.phase for ff in sparse_layers(model).values()), Phase())
     before = shared.name, shared.mask
     shared.name, shared.mask = name, mask
     try:
@@ -356,24 +342,22 @@ def reset(model):
         ff.statistic = None
 
 
-def select(model, compact=True):
+def select(model):
     """Select from all tokens counted so far: after a prefill, and at each reselection.
 
-    If all rows keep the same neurons and compact is not False, GRIFFIN goes to the compact path.
+    If all rows keep the same neurons, GRIFFIN goes to the compact path.
     """
-    layers = list(sparse_layers(model).values())
-    tops = None
+    layers, agree = list(sparse_layers(model).values()), False
     # Of weights that are spread over several devices no neuron can be gathered.
     whole = all(type(ff.gate_proj.weight) is nn.Parameter for ff in layers)
-    if layers and layers[0].method == "griffin" and compact and whole:
+    if layers and layers[0].method == "griffin" and whole:
         tops = torch.stack([ff.top_neurons(ff.statistic) for ff in layers])  # [layers, B, k]
-        if tops.shape[1] > 1 and not torch.equal(tops, tops[:, :1].expand_as(tops)):
-            tops = None
+        agree = tops.shape[1] == 1 or torch.equal(tops, tops[:, :1].expand_as(tops))
     for i, ff in enumerate(layers):
-        if tops is None:
-            ff.select_rows()
-        else:
+        if agree:
             ff.gather(tops[i, 0])
+        else:
+            ff.select_rows()
 
 
 def reorder(model, rows):
@@ -382,8 +366,7 @@ def reorder(model, rows):
         if ff.statistic is not None:
             ff.statistic = ff.statistic[rows]
         if ff.selection is not None:
-            selection = ff.selection[rows]
-            ff.buffer("selection", selection.shape, selection.dtype).copy_(selection)
+            ff.selection = ff.selection[rows]
 
 
 def teacher_forced(model, tokens, prompt_lengths):
@@ -395,8 +378,7 @@ def teacher_forced(model, tokens, prompt_lengths):
     """
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if recomputes and torch.is_grad_enabled():
-        raise ValueError("teacher_forced is for evaluation: call it within torch.no_grad(), "
-                         "or switch gradient_checkpointing off")
+        raise ValueError("with gradient_checkpointing teacher_forced needs torch.no_grad()")
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
     with phase(model, "mixed", positions >= lengths[:, None]):
@@ -405,9 +387,8 @@ def teacher_forced(model, tokens, prompt_lengths):
 
 def added_parameters(model):
     """Parameters of the correction, as a fraction of the model's own (figure 6)."""
-    added = 0
-    for ff in sparse_layers(model).values():
-        added += sum(p.numel() for p in ff.adapter_parameters().values())
+    layers = sparse_layers(model).values()
+    added = sum(p.numel() for ff in layers for p in ff.adapter_parameters().values())
     return added / (sum(p.numel() for p in model.parameters()) - added)
 
 
@@ -452,8 +433,7 @@ def save_adapter(model, file):
     tensors = {}
     for i, ff in layers.items():
         for name, parameter in ff.adapter_parameters().items():
-            tensor = parameter.detach().to("cpu", torch.float32).contiguous()
-            tensors[f"model.layers.{i}.mlp.{name}"] = tensor
+            tensors[f"model.layers.{i}.mlp.{name}"] = parameter.detach().float().cpu().contiguous()
     about = {"method": ff.method, "density": ff.density, "correction": ff.correction_name,
              "layers": list(layers), "model": fingerprint(model)}
     save_tensors(tensors, file, about)
@@ -466,34 +446,28 @@ def load_adapter(model, file, density=None, block=SparseFF):
     file of another kind, or for a correction that does not fit this model.
     """
     tensors, about = read_adapter(file)
-    if about.get("model") != fingerprint(model):
-        raise ValueError(f"{file} was made for another model than this one")
-    correction = about.get("correction", "linear")
-    if correction != block.correction_name:
-        raise ValueError(f"{file} holds a {correction} correction, not {block.correction_name}")
+    wanted = {"model": fingerprint(model), "correction": block.correction_name}
+    for key, value in wanted.items():
+        if about.get(key) != value:
+            raise ValueError(f"{file} was made for another {key}: {about.get(key)}, not {value}")
     try:
         density = about.get("density") if density is None else density
         attach(model, about.get("method"), density, about.get("layers") or [], 0, block)
         for i, ff in sparse_layers(model).items():
             names = {name: f"model.layers.{i}.mlp.{name}" for name in ff.adapter_parameters()}
             ff.set_adapter(**{name: tensors[key] for name, key in names.items()})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         detach(model)
-        raise ValueError(f"{file} does not fit this model: {error}") from None
-    except KeyError as error:
-        detach(model)
-        raise ValueError(f"{file} lacks the tensor {error}") from None
+        raise ValueError(f"{file} does not fit this model, or lacks a tensor: {error}") from None
     return model
 
 
 def read_adapter(file):
     """({name: tensor}, what the metadata say) of an adapter; FileNotFoundError or ValueError."""
-    if not os.path.exists(file):
-        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes one")
     tensors, about = load_tensors(file)
     if not isinstance(about, dict) or "method" not in about:
         raise ValueError(f"{file} is not a Caprese adapter: its metadata do not name a method")
-    return tensors, about
+    return tensors, {"correction": "linear"} | about  # the first adapters do not say so
 
 
 def save_tensors(tensors, file, about):
@@ -503,14 +477,12 @@ def save_tensors(tensors, file, about):
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
-    temporary = f"{file}.tmp"
-    metadata = {"caprese": json.dumps(about)}  # one key, for the order of several varies
-    try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, file)
+    temporary = Path(f"{file}.tmp")
+    try:  # one key, for the order of several varies
+        save_file(tensors, temporary, metadata={"caprese": json.dumps(about)})
+        temporary.replace(file)
     except (OSError, SafetensorError) as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"cannot write {file} ({error}); what was there before is intact") from None
 
 

@@ -9,7 +9,7 @@ The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config a
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -20,11 +20,12 @@ from torch.utils.checkpoint import checkpoint
 # What each family's own code assumes: of keys that config.json leaves out, and of what no key says.
 FAMILIES = {
     "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "qkv_bias": False,
-                "o_bias": False},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
+                "max_window_layers": 0},
     "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
     "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
+               "use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
                "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                "hidden_activation": "gelu_pytorch_tanh", "scale_embeddings": True,
@@ -33,18 +34,10 @@ FAMILIES = {
 # For these keys null is a value of its own: no window, no cap, as many as there are heads.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
+ACTIVATIONS = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPO_FILES = ["config.json", "generation_config.json", "model.safetensors", "model-*.safetensors",
-              "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json",
-              "special_tokens_map.json", "chat_template.jinja"]
-
-
-def gelu_tanh(x):
-    """GELU in its tanh approximation."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+REPO_FILES = ["config.json", "generation_config.json", "model*.safetensors", "tokenizer.json",
+              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
 
 
 # ---- config.json
@@ -83,107 +76,84 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name} is {value!r}, but must be a positive whole number")
-            if field.type in (float, float | None) and value is not None:
-                if type(value) not in (int, float) or not 0 < value < math.inf:
-                    raise ValueError(f"{field.name} is {value!r}, but must be a positive number")
+            if field.type in (int, float, float | None) and value is not None:
+                kinds = (int,) if field.type is int else (int, float)
+                if type(value) not in kinds or not 0 < value < math.inf:
+                    raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError(f"{self.num_attention_heads} heads cannot share "
                              f"{self.num_key_value_heads} key/value heads of size {self.head_dim}")
 
     @classmethod
-    def from_dict(cls, raw):
+    def from_dict(cls, raw, source="config.json"):
         """Read a config.json of the classic or the newer style (rope_parameters, layer_types).
 
-        Raises ValueError naming whatever is missing or not implemented.
+        Raises ValueError naming the source and whatever is missing or not implemented.
         """
-        model_type = raw.get("model_type")
-        refuse_other_models(raw, model_type)
-        family = FAMILIES[model_type]
-        raw = family | {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
-        # Gemma 2's code ignores hidden_act, which its first config files carry as well.
-        act = raw["hidden_activation"] if model_type == "gemma2" else raw.get("hidden_act", "silu")
-        dtype = str(raw.get("dtype", raw.get("torch_dtype", "float32"))).removeprefix("torch.")
-        for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
-            if value not in known:
-                raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
-        bias = bool(raw.get("attention_bias"))
-        optional = ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-                    "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
-        traits = ("qk_norm", "scale_embeddings", "norm_plus_one", "post_norms")
         try:
+            refuse_other_models(raw)
+            bias = bool(raw.get("attention_bias"))
+            given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
+            raw = {"qkv_bias": bias, "o_bias": bias} | FAMILIES[raw["model_type"]] | given
             heads = raw["num_attention_heads"]
-            return cls(
-                raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"],
-                raw["num_hidden_layers"], heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                hidden_act=act, dtype=DTYPES[dtype], windows=layer_windows(raw, model_type),
-                qkv_bias=family.get("qkv_bias", bias), o_bias=family.get("o_bias", bias),
-                **{key: family.get(key, False) for key in traits},
-                **{key: raw[key] for key in optional if key in raw}, **rope_fields(raw))
+            # Gemma 2's code ignores hidden_act, which its first config files carry as well.
+            act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
+            dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
+            for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
+                if value not in known:
+                    raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
+            raw |= rope_fields(raw) | {
+                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
+                "head_dim": raw.get("head_dim", raw["hidden_size"] // heads),
+                "windows": layer_windows(raw), "hidden_act": act, "dtype": DTYPES[dtype]}
+            names = [f.name for f in fields(cls) if f.name in raw or f.default is MISSING]
+            return cls(**{name: raw[name] for name in names})
         except KeyError as error:
-            raise ValueError(f"config.json lacks {error}") from None
-        except (TypeError, AttributeError, ZeroDivisionError) as error:
-            raise ValueError(f"config.json holds a value of the wrong kind: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"config.json: {error}") from None
+            raise ValueError(f"{source} lacks {error}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{source} holds a value that cannot be used: {error}") from None
 
 
-def refuse_other_models(raw, model_type):
+def refuse_other_models(raw):
     """ValueError for a config.json of anything but an implemented causal language model."""
+    model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    for name in raw.get("architectures") or []:
-        if name.lower() != f"{model_type}forcausallm":
-            raise ValueError(f"architecture {name!r} is no causal language model of ours")
     for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
         if raw.get(key):
-            raise ValueError(f"config.json sets {key}, which is not implemented")
+            raise ValueError(f"{key} is not implemented")
 
 
 def rope_fields(raw):
     """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"rope_scaling is {rope!r}, but must be an object or null")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError("rope_parameters per layer type are not implemented")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    own = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(own, dict) or any(isinstance(value, dict) for value in own.values()):
+        raise ValueError(f"rope_scaling is {own!r}, but must be one object, none per layer type")
+    kind = own.get("rope_type", own.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope type {kind!r} is not one of default, llama3")
-    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
+    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | raw | own
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
-    theta = float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0)
-    if kind == "default":
-        return {"rope_theta": theta}
-    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | rope
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return {"rope_theta": theta, "rope_scaling": {key: float(rope[key]) for key in keys}}
+    scaling = {key: float(rope[key]) for key in keys} if kind == "llama3" else None
+    return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
 
 
-def layer_windows(raw, model_type):
+def layer_windows(raw):
     """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
-    layers, window = raw["num_hidden_layers"], raw.get("sliding_window")
-    switched_on = raw.get("use_sliding_window")  # Qwen configs carry a window even where it is off
-    if model_type == "llama" or model_type.startswith("qwen") and not switched_on:
-        window = None
+    # Qwen configs carry a window even where it is off.
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     if window is not None and (type(window) is not int or window < 1):
-        raise ValueError(f"sliding_window is {window!r}, but must be a positive whole number")
-    types = raw.get("layer_types")
+        raise ValueError(f"sliding_window is {window!r}, not a positive int")
+    layers, types = range(raw["num_hidden_layers"]), raw.get("layer_types")
+    sliding = layers[raw.get("max_window_layers", 28)::raw.get("window_step", 1)]
     if types:
-        if len(types) != layers or set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"layer_types has {len(types)} entries for {layers} layers, of kinds "
-                             f"{sorted(set(types))}; known are full and sliding_attention")
-        slides = [kind == "sliding_attention" for kind in types]
-    elif model_type == "mistral":
-        slides = [True] * layers
-    elif model_type == "gemma2":
-        slides = [i % 2 == 0 for i in range(layers)]
-    else:
-        slides = [i >= raw.get("max_window_layers", 28) for i in range(layers)]
-    return tuple(window if slide else None for slide in slides)
+        if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"layer_types has {len(types)} entries for {len(layers)} layers, "
+                             f"of the kinds {', '.join(sorted(set(types)))}")
+        sliding = [i for i in layers if types[i] == "sliding_attention"]
+    return tuple(window if i in sliding else None for i in layers)
 
 
 # ---- the parts
@@ -242,12 +212,8 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self.capacity = capacity  # S, the most tokens that a row can hold
         self.max_length, self.ragged, self.num_keys = 0, False, None
-
-    @property
-    def capacity(self):
-        """S, the most tokens that a row can hold."""
-        return self.k[0].shape[2]
 
     def advance(self, tokens):
         """Every row holds so many tokens more (or, if negative, fewer)."""
@@ -269,7 +235,7 @@ class Cache:
 
     def write(self, layer, k, v, positions):
         """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
-        start, end = self.max_length, self.max_length + k.shape[2]
+        start, end = self.max_length, self.num_keys or self.max_length + k.shape[2]
         if self.ragged or self.num_keys:
             rows = torch.arange(len(k), device=k.device)[:, None]
             self.k[layer][rows, :, positions] = k.transpose(1, 2)
@@ -277,17 +243,15 @@ class Cache:
         else:
             self.k[layer][:, :, start:end] = k
             self.v[layer][:, :, start:end] = v
-        num_keys = self.num_keys or end
-        return self.k[layer][:, :, :num_keys], self.v[layer][:, :, :num_keys]
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 def attention_mask(positions, num_keys, window):
     """Bool [B, 1, T, num_keys]: key j is seen from position i if i - window < j <= i."""
     j = torch.arange(num_keys, device=positions.device)
     i = positions[:, None, :, None]
-    if window is None:
-        return j <= i
-    return (j <= i) & (j > i - window)
+    past = j <= i
+    return past if window is None else past & (j > i - window)
 
 
 class Attention(nn.Module):
@@ -327,28 +291,25 @@ class Attention(nn.Module):
         """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
         mask: bool [B, 1, T, S]; or None, then one token attends to all keys and several tokens,
-        which are all the keys there are, attend causally.
+        which are all the keys there are, attend causally. With soft-capping several tokens have a
+        mask.
         """
-        shape, (B, K, S, _) = q.shape, k.shape
-        causal = mask is None and shape[2] > 1
+        shape, (B, K) = q.shape, k.shape[:2]
         if shape[2] == 1:  # heads that share keys stand side by side like tokens: no key is copied
             q = q.reshape(B, K, -1, shape[-1])
-        grouped = q.shape[1] != K
         if not self.softcap:
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                                 scale=self.scale, enable_gqa=grouped)
+            causal = mask is None and shape[2] > 1
+            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale,
+                                                 enable_gqa=q.shape[1] != K)
             return out.reshape(shape)
         # tanh sits between scores and softmax (Gemma 2); the fused kernel has no place for it.
-        if grouped:
-            k = k.repeat_interleave(q.shape[1] // K, dim=1)
-            v = v.repeat_interleave(q.shape[1] // K, dim=1)
-        scores = torch.tanh(q @ k.transpose(2, 3) * (self.scale / self.softcap)) * self.softcap
-        if causal:
-            mask = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()
+        q = q.unflatten(1, (K, -1))  # [B, K, H/K, T, d]
+        scores = q @ k[:, :, None].mT * (self.scale / self.softcap)  # [B, K, H/K, T, S]
+        scores = torch.tanh(scores) * self.softcap
         if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+            scores = scores.masked_fill(~mask[:, :, None], -math.inf)
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        return (weights @ v).reshape(shape)
+        return (weights @ v[:, :, None]).reshape(shape)
 
 
 class MLP(nn.Module):
@@ -403,7 +364,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.inv_freq = None
+        self.inv_freq = rope_frequencies(config)
         self.gradient_checkpointing = False  # distill.py turns it on for large models
 
     def forward(self, tokens, cache=None):
@@ -430,25 +391,24 @@ class Decoder(nn.Module):
 
     def layer_inputs(self, tokens, cache=None):
         """For each layer, what it gets beside x: (positions [B or 1, T], rope, mask, cache)."""
-        T, device = tokens.shape[1], tokens.device
-        if cache is None:
-            start, num_keys, ragged = torch.zeros(1, dtype=torch.long, device=device), T, False
-        else:
-            start, num_keys = cache.lengths, cache.num_keys or cache.max_length + T
+        T = tokens.shape[1]
+        positions, num_keys, ragged = torch.arange(T, device=tokens.device)[None], T, False
+        if cache is not None:
+            positions = cache.lengths[:, None] + positions
+            num_keys = cache.num_keys or cache.max_length + T
             ragged = cache.ragged or cache.num_keys is not None
-        positions = start[:, None] + torch.arange(T, device=device)
         rope = self.rope(positions)
+        causal = T == num_keys and not self.config.attn_logit_softcapping
         masks = {}
         for window in set(self.config.windows):  # no mask where Attention.attend needs none
             slides = window is not None and num_keys > window
-            needed = ragged or slides or 1 < T < num_keys
+            needed = ragged or slides or T > 1 and not causal
             masks[window] = attention_mask(positions, num_keys, window) if needed else None
         return [(positions, rope, masks[window], cache) for window in self.config.windows]
 
     def rope(self, positions):
         """cos and sin [B or 1, T, 1, d] of the rotary angles, made in float32, in our dtype."""
-        if self.inv_freq is None or self.inv_freq.device != positions.device:
-            self.inv_freq = rope_frequencies(self.config).to(positions.device)
+        self.inv_freq = self.inv_freq.to(positions.device)
         angles = positions[:, :, None, None].float() * self.inv_freq  # [B, T, 1, d/2]
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(self.norm.weight.dtype), angles.sin().to(self.norm.weight.dtype)
@@ -497,8 +457,7 @@ class Transformer(nn.Module):
             last.cache.set_lengths(torch.zeros_like(last.cache.lengths))
             return last
         self.last_step = None  # its memory is free before the next one needs it
-        rounded = -(-capacity // 1024) * 1024
-        capacity = min(rounded, self.config.max_position_embeddings)
+        capacity = min(1024 * math.ceil(capacity / 1024), self.config.max_position_embeddings)
         self.last_step = Step(self, self.new_cache(batch_size, capacity))
         return self.last_step
 
@@ -510,10 +469,8 @@ class Transformer(nn.Module):
         the file and the tensor at fault.
         """
         folder = resolve(path_or_repo_id)
-        try:
-            config = Config.from_dict(read_json(folder / "config.json"))
-        except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from None
+        file = folder / "config.json"
+        config = Config.from_dict(read_json(file), file)
         with torch.device("meta"):
             model = cls(config)
         state = load_weights(folder, model, device, dtype or config.dtype)
@@ -530,10 +487,9 @@ class Step:
 
     def __init__(self, model, cache):
         self.model, self.cache = model, cache
-        device = cache.lengths.device
-        self.tokens = torch.zeros(len(cache.lengths), 1, dtype=torch.long, device=device)
+        self.tokens = torch.zeros_like(cache.lengths)[:, None]
         self.graphs = {}    # number of keys: (graph, its logits)
-        self.identity = []  # addresses and shapes of what the graphs read
+        self.identity = []  # addresses and shapes of what the graphs read, and the modules
 
     def __call__(self, tokens):
         self.tokens[:, 0] = tokens
@@ -553,12 +509,10 @@ class Step:
         To be called whenever that may have changed.
         """
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        modules = list(self.model.modules())
-        now = [(t.data_ptr(), t.shape) for t in tensors] + [id(module) for module in modules]
+        now = [(t.data_ptr(), t.shape) for t in tensors] + list(self.model.modules())
         if now != self.identity:
             self.graphs, self.identity = {}, now
-            # Both are held, so that no address is used again.
-            self.captured, self.modules = [t.detach() for t in tensors], modules
+            self.captured = [t.detach() for t in tensors]  # held, so that no address is used again
 
     def reorder(self, rows):
         """A Step that continues with these rows [n] int64; a row may occur several times."""
@@ -576,9 +530,9 @@ class Step:
     def run(self, num_keys=None):
         """The step itself. With num_keys it reads so many positions, whatever the rows hold."""
         onednn = torch.backends.mkldnn.enabled
+        # For one row in bfloat16 torch's own CPU product is faster.
+        torch.backends.mkldnn.enabled = onednn and len(self.tokens) > 1
         self.cache.num_keys = num_keys
-        if len(self.tokens) == 1:  # for one row in bfloat16 torch's own CPU product is faster
-            torch.backends.mkldnn.enabled = False
         try:
             hidden_states = self.model.model(self.tokens, self.cache)
             return self.model.logits(hidden_states[:, -1])
@@ -587,12 +541,8 @@ class Step:
 
     def capture(self, num_keys):
         """(CUDA graph of run(num_keys), its logits)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once for real: what libraries set up is no part of a graph
-            self.run(num_keys)
-            self.cache.advance(-1)
-        torch.cuda.current_stream().wait_stream(side)
+        self.run(num_keys)  # once for real: what libraries set up is no part of a graph
+        self.cache.advance(-1)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.run(num_keys)
@@ -606,8 +556,6 @@ def read_json(file):
     """The object in a JSON file; FileNotFoundError or ValueError in one line that names it."""
     try:
         found = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{file} is missing from a folder in the official layout") from None
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
     if not isinstance(found, dict):
@@ -624,9 +572,8 @@ def resolve(path_or_repo_id):
     folder, name = Path(path_or_repo_id).expanduser(), str(path_or_repo_id)
     if folder.is_dir():
         return folder
-    if folder.exists():
-        raise NotADirectoryError(f"{folder} is a file; give the folder that holds config.json")
-    if isinstance(path_or_repo_id, Path) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    is_id = isinstance(path_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+    if folder.exists() or not is_id:
         raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
     try:
         from huggingface_hub import snapshot_download
@@ -638,55 +585,38 @@ def resolve(path_or_repo_id):
 
 
 def load_weights(folder, model, device, dtype):
-    """The state dict of `model`, read from the safetensors files in `folder`.
+    """The state dict of `model`, read from the model*.safetensors files in `folder`.
 
     Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
     on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
     or OSError naming the file and the tensor.
     """
-    from safetensors import SafetensorError
-    source, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    files, hint = [source], "weights are read from safetensors files only"
-    if not source.exists() and index.exists():
-        source, hint = index, f"{index.name} names it"
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map must be an object")
-        files = sorted({folder / str(file) for file in weight_map.values()})
-    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    state = {}
+    from safetensors import SafetensorError, safe_open
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{folder} has no model*.safetensors; no other weights are read")
+    expected, state = model.state_dict(), {}
     for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is missing; {hint}")
         try:
-            state |= read_shard(file, shapes, device, dtype)
+            with safe_open(file, framework="pt") as shard:
+                names = shard.keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-    missing = [name for name in shapes if name not in state]
+        for name in names:
+            if name not in expected:
+                if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
+                    continue  # a tied head, a table: some converters store them though they follow
+                raise ValueError(f"{file}: unexpected tensor {name}")
+            # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
+            with safe_open(file, framework="pt") as shard:
+                tensor = shard.get_tensor(name)
+            shape = expected[name].shape
+            if tensor.shape != shape or tensor.dtype not in DTYPES.values():
+                raise ValueError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                                 f"but must be floats {list(shape)}")
+            state[name] = tensor.to(device).to(dtype)  # the device casts faster
+    missing = [name for name in expected if name not in state]
     if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors, the first is {missing[0]}")
-    return state
-
-
-def read_shard(file, shapes, device, dtype):
-    """{name: tensor} of one memory-mapped safetensors file; ValueError for an unexpected tensor."""
-    from safetensors import safe_open
-    with safe_open(file, framework="pt") as shard:
-        names = shard.keys()
-    state = {}
-    for name in names:
-        if name not in shapes:
-            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                continue  # a tied head, a table: some converters store them though they follow
-            raise ValueError(f"{file}: unexpected tensor {name}")
-        # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-        with safe_open(file, framework="pt") as shard:
-            part = shard.get_slice(name)
-            if part.get_shape() != shapes[name]:
-                raise ValueError(f"{file}: {name} has shape {part.get_shape()}, "
-                                 f"config.json asks for {shapes[name]}")
-            if part.get_dtype() not in ("F32", "BF16", "F16"):
-                raise ValueError(f"{file}: {name} holds {part.get_dtype()}, not floats")
-            tensor = shard.get_tensor(name)
-        state[name] = tensor.to(device).to(dtype)  # the device casts faster
+        raise ValueError(f"the model*.safetensors in {folder} lack {len(missing)} tensors, "
+                         f"the first is {missing[0]}; is a file missing?")
     return state

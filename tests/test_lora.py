@@ -22,7 +22,8 @@ def attached(method, device, rank=21, block=LoRAFF):
 def decoded(model, prompt, new, compact):
     """Logits [B, T, V] of decode steps that are fed the tokens new [B, T]."""
     step, _ = sample.prefill(model, prompt, new.shape[1])
-    caprese.select(model, compact)
+    for ff in [] if compact else caprese.sparse_layers(model).values():
+        ff.select_rows()
     step.check_graphs()
     logits = []
     for tokens in new.unbind(1):
