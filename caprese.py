@@ -93,6 +93,8 @@ class Phase:
     """What the calls of a model mean at present; all its sparse layers share one such object."""
     name = "full"
     mask = None  # bool [B, T]. prompt: the tokens to count (None: all). mixed: the generated ones.
+    set_by_hand = False  # by `with phase(...)`; then the hooks on a transformers model do nothing
+    hooks = ()
 
 
 class SparseFF(nn.Module):
@@ -283,6 +285,7 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
     layers None is the paper's choice (section 4): the first half for griffin, all for the others.
     rank 0 means no correction. int4 has no density. Raises ValueError on an unknown method, a
     density outside (0, 1], a rank outside 0..hidden_size, or layers that the model does not have.
+    On a causal model of transformers, hooks set the phase of each call: see watch_calls.
     """
     total, hidden_size = len(model.model.layers), model.config.hidden_size
     if method not in METHODS:
@@ -301,6 +304,8 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
     for i in layers:
         layer = model.model.layers[i]
         layer.mlp = block(layer.mlp, method, density, rank, shared_phase)
+    if type(model).__module__.startswith("transformers."):
+        watch_calls(model, shared_phase)
     return model
 
 
@@ -308,6 +313,8 @@ def detach(model):
     """Put the original MLPs back. Returns the model."""
     for i, ff in sparse_layers(model).items():
         model.model.layers[i].mlp = ff.original[0]
+        for hook in ff.phase.hooks:
+            hook.remove()
     return model
 
 
@@ -328,12 +335,12 @@ def phase(model, name, mask=None):
     if name not in ("full", "prompt", "sparse", "mixed"):
         raise ValueError(f"unknown phase {name!r}")
     shared = next((ff.phase for ff in sparse_layers(model).values()), Phase())
-    before = shared.name, shared.mask
-    shared.name, shared.mask = name, mask
+    before = shared.name, shared.mask, shared.set_by_hand
+    shared.name, shared.mask, shared.set_by_hand = name, mask, True
     try:
         yield
     finally:
-        shared.name, shared.mask = before
+        shared.name, shared.mask, shared.set_by_hand = before
 
 
 def reset(model):
@@ -382,7 +389,77 @@ def teacher_forced(model, tokens, prompt_lengths):
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
     with phase(model, "mixed", positions >= lengths[:, None]):
-        return model(tokens)
+        output = model(tokens)
+    return getattr(output, "logits", output)  # transformers wraps them
+
+
+# ---- a transformers model: its decoding loop is not ours, so hooks set the phase of each call
+
+def watch_calls(model, shared):
+    """Set the phase of each call of a transformers model from the KV cache that the call carries.
+
+    An empty cache begins a prompt, more than one token goes on with it, and one token decodes. (So
+    a prompt in chunks must not end in a chunk of one token, which would count as decoded.) Whatever would use the full model under the sparse one's name raises ValueError.
+    """
+    shared.cache, shared.length = None, 0  # the cache of the last call, and what it held after it
+
+    def before(decoder, args, kwargs):
+        if shared.set_by_hand:
+            return
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            raise ValueError("a call without a KV cache has no prompt to select from; "
+                             "caprese.teacher_forced(model, tokens, prompt_lengths) scores a text")
+        if model.training:
+            raise ValueError("the sparse model is for inference: call model.eval() first")
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"] if tokens is None else tokens
+        start, count = int(cache.get_seq_length()), tokens.shape[1]
+        if start == 0:
+            reset(model)
+        elif cache is not shared.cache or start != shared.length:
+            raise ValueError("the sparse model must have filled this KV cache itself, from empty")
+        elif count > 1 and next(iter(sparse_layers(model).values())).method == "cats":
+            raise ValueError("CATS' tau needs the whole prompt in one call, not in chunks")
+        shared.cache, shared.length = cache, start + count
+        shared.name = "prompt" if start == 0 or count > 1 else "sparse"
+        shared.mask = padding_mask(kwargs.get("attention_mask"), start, count)
+
+    def after(decoder, args, output):
+        if shared.set_by_hand:
+            return
+        prompt = shared.name == "prompt"
+        shared.name, shared.mask = "full", None
+        if prompt and output is not None:  # None: the call has failed
+            select(model)
+
+    def refuse_assisted(model, args, kwargs):
+        if kwargs.get("logits_to_keep") not in (None, 0, 1) and not shared.set_by_hand:
+            raise ValueError("assisted generation would let the full model answer: it verifies "
+                             "several tokens at once, which here is a prompt")
+
+    shared.hooks = (model.register_forward_pre_hook(refuse_assisted, with_kwargs=True),
+                    model.model.register_forward_pre_hook(before, with_kwargs=True),
+                    model.model.register_forward_hook(after, always_call=True))
+
+
+def padding_mask(attention_mask, start, count):
+    """Which of `count` tokens from position `start` on are no padding: bool [B, count], or None.
+
+    attention_mask is what transformers gives to a decoder: None, [B, keys] of ones and zeros, or
+    [B, 1, count, keys] of bools or of 0 and -inf, alone or in a dictionary by kinds of layers.
+    """
+    if isinstance(attention_mask, dict):
+        kinds = sorted(attention_mask)  # full_attention before sliding_attention
+        attention_mask = attention_mask[kinds[0]]
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, start:start + count].bool()
+    # All tokens but padding see themselves, in a sliding window as well.
+    start = min(start, attention_mask.shape[-1] - count)
+    sees_itself = attention_mask[:, 0].diagonal(start, -2, -1)[:, :count]
+    return sees_itself if sees_itself.dtype == torch.bool else sees_itself == 0
 
 
 def added_parameters(model):
