@@ -23,7 +23,9 @@ import caprese
 import sample
 from model import Config, Transformer, read_json, resolve
 
-PEER = "transformers"  # the row of Hugging Face generate
+PEER = "transformers"  # the rows of Hugging Face generate
+PASSES = (2, 4, 8, 16)         # tokens of a verifying pass
+ACCEPTANCES = (0.8, 0.9, 1.0)  # of a drafted token
 TABLES = {  # title: columns, beside the row's name and its number of generated tokens
     "Time": ("prefill s", "total s", "ms per token", "bound ms", "bandwidth reached"),
     "Ratios": ("ratio to full", "ratio bytes allow", "saving reached", "ratio to uncorrected"),
@@ -201,30 +203,36 @@ def variants(args):
 def measure(model, rows, args, peer=None):
     """A dictionary of results for each row and each of args.generate numbers of tokens.
 
-    rows is what variants() returns, possibly with more of the kind. peer is a row of its own.
+    rows is what variants() returns, possibly with more of the kind. peer adds rows of its own.
     """
     torch.manual_seed(args.seed)
     prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
+    models = [model, peer] if peer else [model]
     if peer:
         rows = rows | {PEER: None}
+        corrected = rows.get("GRIFFIN + Caprese")
+        if corrected:
+            rows[f"{PEER}, GRIFFIN + Caprese"] = corrected
     rounds = {(name, n): [] for n in args.generate for name in rows}
     for _ in tqdm(range(args.repeats), desc="rounds", leave=False, disable=None):
         speed = memory_speed(model.device)
         for name, n in rounds:
-            caprese.detach(model)
-            if rows[name]:
-                caprese.attach(model, **rows[name])
+            for each in models:
+                caprese.detach(each)
+                if rows[name]:
+                    caprese.attach(each, **rows[name])
             reselect = args.reselect if rows[name] else None
             # The first run warms up. On a GPU it records the graphs, so it takes as many tokens.
             for tokens in (n if prompt.is_cuda else min(n, 3), n):
-                if name == PEER:
+                if name.startswith(PEER):
                     prefill, total = time_peer(peer, prompt, tokens)
                 else:
                     prefill, total = time_model(model, prompt, tokens, reselect)
             rounds[name, n].append(account(model, args.prompt, n, reselect) | {
                 "prefill s": prefill, "total s": total, "memory GB/s": speed / 1e9,
                 "ms per token": 1e3 * (total - prefill) / (n - 1)})
-    caprese.detach(model)
+    for each in models:
+        caprese.detach(each)
     return [result(name, n, rounds) for name, n in rounds]
 
 
@@ -252,6 +260,36 @@ def result(name, n, rounds):
     return row
 
 
+def time_passes(model, rows, results, args):
+    """Rows of a table on lossless decoding: the time per token for some numbers n and acceptances.
+
+    A pass of the full model over n tokens verifies n - 1 that were drafted, each by one step of
+    `results`. If each is accepted with probability a, the pass yields (1 - a^n) / (1 - a) tokens.
+    """
+    steps = {row["row"]: row["ms per token"] for row in results}
+    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
+    table = []
+    for name in [name for name in rows if name.startswith("GRIFFIN")]:
+        caprese.attach(model, **rows[name])
+        step, _ = sample.prefill(model, prompt, max(PASSES))
+        for n in PASSES:
+            seconds = []
+            for _ in range(args.repeats + 1):  # the first one warms up
+                start = clock(model.device)
+                sample.count_and_select(model, step, prompt[:, :n])
+                seconds.append(clock(model.device) - start)
+                step.cache.advance(-n)
+            row = {"row": name, "n": n, "ms per draft step": steps[name],
+                   "ms per pass": 1e3 * statistics.median(seconds[1:])}
+            total = row["ms per pass"] + (n - 1) * steps[name]
+            for acceptance in ACCEPTANCES:
+                tokens = sum(acceptance ** i for i in range(n))  # (1 - a^n) / (1 - a)
+                row[f"ms per token at {acceptance:.0%}"] = total / tokens
+            table.append(row | {"full ms per token": steps.get("full")})
+    caprese.detach(model)
+    return table
+
+
 # ---- python bench.py
 
 def arguments(argv=None):
@@ -266,7 +304,8 @@ def arguments(argv=None):
     add("--reselect", type=sample.positive, help="rho: reselect every so many tokens")
     add("--repeats", type=sample.positive, default=5, help="rounds (default: %(default)s)")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--peer", choices=[PEER], help="a row of Hugging Face generate on the same weights")
+    add("--peer", choices=[PEER], help="rows of Hugging Face generate on the same weights")
+    add("--verify", action="store_true", help="a table on lossless decoding as well")
     add("--density", type=float, default=0.5, help="kept neurons in (0, 1] (default: %(default)s)")
     add("--rank", type=sample.positive, help="r (default: 256, or an eighth of the hidden size)")
     args = parser.parse_args(argv)
@@ -293,8 +332,12 @@ def main():
     for title, columns in TABLES.items():
         cells = [{name: row[name] for name in ("row", "generated", *columns)} for row in results]
         print(f"\n{title}\n{sample.format_table(cells)}", file=out)
+    passes = time_passes(model, rows, results, args) if args.verify else []
+    if passes:
+        print(f"\nLossless decoding\n{sample.format_table(passes)}", file=out)
     if args.json:
-        print(json.dumps({"dtype": str(model.dtype).removeprefix("torch."), "rows": results}))
+        print(json.dumps({"dtype": str(model.dtype).removeprefix("torch."), "rows": results,
+                          "passes": passes}))
 
 
 if __name__ == "__main__":

@@ -127,8 +127,9 @@ class SparseFF(nn.Module):
 
     def new_adapter(self, rank):
         """Create L and R. R is zero, so that training starts from the sparse method exactly."""
-        D = self.gate_proj.in_features
-        self.set_adapter(L=torch.randn(D, rank) * D ** -0.5, R=torch.zeros(rank, D))
+        D, device = self.gate_proj.in_features, self.gate_proj.weight.device
+        self.L = nn.Parameter(torch.randn(D, rank, device=device) * D ** -0.5)
+        self.R = nn.Parameter(torch.zeros(rank, D, device=device))
 
     def set_adapter(self, L, R):
         """Take L [D, r] and R [r, D] as the correction; r may be another than before.

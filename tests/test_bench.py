@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -257,3 +258,19 @@ def test_without_transformers_the_peer_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert command(monkeypatch, "--device", "cpu", "--peer", "transformers") == 2
     assert "pip install transformers" in capsys.readouterr().err
+
+
+def test_passes_give_the_time_of_a_token_by_its_acceptance(device):
+    """With probability a each, n - 1 drafted tokens give 1 + a + ... + a^(n - 1) in the mean."""
+    model = tiny.model(device=device)
+    rows = {"full": None, "GRIFFIN": {"method": "griffin"}}
+    results = [{"row": "full", "ms per token": 3.0}, {"row": "GRIFFIN", "ms per token": 2.0}]
+    args = SimpleNamespace(prompt=20, repeats=1)
+    table = bench.time_passes(model, rows, results, args)
+    assert [row["n"] for row in table] == [2, 4, 8, 16]
+    for row in table:
+        n, total = row["n"], row["ms per pass"] + 2.0 * (row["n"] - 1)
+        assert row["ms per pass"] > 0 and row["full ms per token"] == 3.0
+        assert row["ms per token at 100%"] == pytest.approx(total / n)
+        assert row["ms per token at 80%"] == pytest.approx(total * (1 - 0.8) / (1 - 0.8 ** n))
+    assert not caprese.sparse_layers(model)
