@@ -400,7 +400,8 @@ def watch_calls(model, shared):
     """Set the phase of each call of a transformers model from the KV cache that the call carries.
 
     An empty cache begins a prompt, more than one token goes on with it, and one token decodes. (So
-    a prompt in chunks must not end in a chunk of one token, which would count as decoded.) Whatever would use the full model under the sparse one's name raises ValueError.
+    a prompt in chunks must not end in a chunk of one token, which would count as decoded.) What
+    would use the full model under the sparse one's name raises ValueError.
     """
     shared.cache, shared.length = None, 0  # the cache of the last call, and what it held after it
 

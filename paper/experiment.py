@@ -52,6 +52,7 @@ class Variant:
     block: type = caprese.SparseFF
     adapter: str | None = None   # a file of distill.py, which says all of the above
     reselect: int | None = None  # rho, in tokens
+    layers: str | None = None    # "all", or None for the paper's choice
 
 
 class Experiment:
@@ -98,7 +99,7 @@ class Experiment:
                     for file in args.data}
         half = -(-args.limit // 2)
         return {"maths": data.problems("maths", args.limit, seed, evaluation=True),
-                "reading": data.problems("reading", half, seed, evaluation=True, distinct=True)}
+                "reading": data.problems("reading", half, seed, evaluation=True)}
 
     def graded(self):
         """(name, problems) of the first set whose answers are right or wrong."""
@@ -126,7 +127,11 @@ class Experiment:
             found.append(alone)
             if self.trainable:
                 found += [self.learned(alone, last) for last in stages]
-        return found + [Variant(Path(file).stem, adapter=file) for file in self.args.adapter]
+        return found + self.adapters()
+
+    def adapters(self):
+        """The variants of the --adapter files."""
+        return [Variant(Path(file).stem, adapter=file) for file in self.args.adapter]
 
     def file(self, name, variant, settings, suffix):
         """The file in --out for what depends on the variant, these settings and nothing else."""
@@ -153,8 +158,9 @@ class Experiment:
             return model
         if not variant.stages:
             torch.manual_seed(self.args.seed)
-            return caprese.attach(model, variant.method, variant.density, rank=variant.rank,
-                                  block=variant.block)
+            layers = range(len(model.model.layers)) if variant.layers == "all" else None
+            return caprese.attach(model, variant.method, variant.density, layers, variant.rank,
+                                  variant.block)
         file = self.file("", variant, None, "safetensors")
         if file.exists():
             return caprese.load_adapter(model, file, block=variant.block)

@@ -54,7 +54,7 @@ def test_maths_answers_follow_from_the_story_and_the_chain():
 
 
 def test_reading_asks_for_the_only_fact_of_its_kind():
-    """So the kind alone tells the fact; the answer is one of its values, told of the right person."""
+    """So the kind alone tells the fact. The answer is one of its values, told of that person."""
     kinds = set()
     for p in data.problems("reading", 300, seed=7):
         passage, question = re.fullmatch(r"(.*\.) (.*\?)", p.question).groups()

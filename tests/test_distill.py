@@ -558,8 +558,8 @@ def test_the_two_starting_lines_say_what_will_be_done():
     args = distill.arguments(["--method", "cats", "--density", "0.7", "--e2e-lr", "2e-3"])
     text = distill.describe(args, samples(3))
     assert len(text.splitlines()) == 2
-    for part in ("cats, density 0.7", "rank 32", "the bundled model", "1 x ", "sequential, 3 samples",
-                 "kl, 3 samples", "1 epochs", "batches of 32", "0.002"):
+    for part in ("cats, density 0.7", "rank 32", "the bundled model", "1 x ",
+                 "sequential, 3 samples", "kl, 3 samples", "1 epochs", "batches of 32", "0.002"):
         assert part in text
     args = distill.arguments(["--paper", "--loss", "kl", "--dtype", "float32"])
     text = distill.describe(args, samples(3))

@@ -1,0 +1,91 @@
+"""Lossless decoding, which is ours: bytes for each token against accuracy, beside lossy Caprese.
+
+The pass of the full model that a reselection makes verifies what the sparse model has drafted, so
+the answers are the full model's (sample.stream_verified). What L and R are worth is then how many
+drafted tokens stand. n is the number of tokens of a pass; without it the decoding is lossy, without
+reselection. Bytes are those of the weights. Each answer is greedy and decoded alone.
+"""
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+import torch
+
+import caprese
+import data
+import sample
+from paper import common
+from paper.experiment import BOTH_STAGES, Variant
+
+NEEDS = ("graded",)
+QUICK = {"limit": 40}
+FULL = {"limit": 200}
+PASSES = (2, 4, 8, 16)
+
+
+def variants(experiment):
+    """The full model, then GRIFFIN and its correction, in half of the layers and in all."""
+    found = [Variant("full")]
+    for method in experiment.args.method or ("griffin",):
+        half = experiment.sparse(method)
+        for alone in (half, replace(half, name=f"{half.name} all layers", layers="all")):
+            found.append(alone)
+            if experiment.trainable:
+                found.append(experiment.learned(alone, BOTH_STAGES))
+    return found + experiment.adapters()
+
+
+def answer_all(experiment, problems, n, counts):
+    """The tokens of all answers by the attached model, and the seconds they took."""
+    model, tokenizer = experiment.model, experiment.tokenizer
+    answers, start = [], time.perf_counter()
+    for problem in problems:
+        prompt = torch.tensor([tokenizer.prompt_ids(data.ask(problem))], device=model.device)
+        new = sample.generate(model, prompt, experiment.args.max_new_tokens, reselect=n,
+                              stop_ids=tokenizer.stop_ids, verify=n is not None, counts=counts)
+        answers.append(new[0].tolist())
+    return answers, time.perf_counter() - start
+
+
+def measure(experiment):
+    """A row for each variant and each n."""
+    rows, expected = [], None
+    _, problems = experiment.graded()
+    for variant in variants(experiment):
+        model = experiment.prepare(variant)
+        full = sum(p.numel() for p in model.parameters()) / (1 + caprese.added_parameters(model))
+        for n in (None,) if variant.name == "full" else (None, *PASSES):
+            counts = Counter()
+            answer_all(experiment, problems[:1], n, Counter())  # warms up
+            answers, seconds = answer_all(experiment, problems, n, counts)
+            expected = expected or answers  # the full model answers first
+            texts = [experiment.tokenizer.decode(ids) for ids in answers]
+            right = sum(data.correct(text, p.answer) for text, p in zip(texts, problems))
+            equal = sum(one == other for one, other in zip(answers, expected))
+            ratios = sample.acceptance(model, counts) or {
+                "acceptance": None, "tokens_per_pass": None,
+                "bytes_to_full": caprese.active_parameters(model) / full}
+            rows.append({"method": variant.name, "n": n, "accuracy %": 100 * right / len(problems),
+                         "equal %": 100 * equal / len(problems), **ratios,
+                         "ms per token": 1e3 * seconds / sum(map(len, answers))})
+    return rows
+
+
+def draw(figure, rows):
+    """Accuracy against bytes: lossy answers as dots, lossless ones as crosses."""
+    axes = figure.subplots()
+    for row in rows:
+        lossless = row["n"] is not None
+        axes.scatter(row["bytes_to_full"], row["accuracy %"], marker="x" if lossless else "o",
+                     color=common.color(row["method"].replace(" all layers", "")))
+        label = f"{row['method']}, n = {row['n']}" if lossless else row["method"]
+        if not lossless or row["n"] == 8:
+            axes.annotate(label, (row["bytes_to_full"], row["accuracy %"]), fontsize=8,
+                          xytext=(3, -9), textcoords="offset points")
+    axes.axhline(rows[0]["accuracy %"], color="black", linestyle="--")
+    axes.set(xlabel="bytes for each token, full model = 1", ylabel="accuracy %")
+
+
+if __name__ == "__main__":
+    common.main("lossless")
