@@ -34,7 +34,7 @@ from model import resolve
 PAPER = {"samples": 20000, "rank": 256, "layerwise": "adam", "loss": "mse", "e2e_lr": 1e-4,
          "e2e_epochs": 3, "e2e_batch_size": 16}
 DEFAULTS = PAPER | {"layerwise": "sequential", "loss": "kl"}
-BUNDLED = DEFAULTS | {"samples": 6000, "rank": 32, "e2e_lr": 3e-3, "e2e_epochs": 1,
+BUNDLED = DEFAULTS | {"samples": 6000, "rank": 40, "e2e_lr": 3e-3, "e2e_epochs": 1,
                       "e2e_batch_size": 32}
 ADAM = {"lr": 1e-3, "epochs": 20, "batch_size": 128}  # the paper's layer-wise stage
 EVALUATION_SEED = 1234       # of the held-out problems

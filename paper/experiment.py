@@ -26,6 +26,7 @@ import sample
 from paper.scores import read_row, scores
 
 TOP_P = 0.95  # the paper's, where it samples
+BUNDLED_CATS_DENSITY = 0.05  # at 0.2 and above CATS costs so small a model nothing
 METHODS = {"griffin": "GRIFFIN", "cats": "CATS", "int4": "4-bit"}  # --method: name in the tables
 LAYERWISE, E2E, BOTH_STAGES = ("layer-wise",), ("E2E",), ("layer-wise", "E2E")
 PROJECT = Path(__file__).resolve().parents[1]
@@ -111,8 +112,10 @@ class Experiment:
 
     def sparse(self, method):
         """The variant of a sparse method without a correction."""
-        density = 1.0 if method == "int4" else self.args.density or 0.5
-        return Variant(METHODS[method], method, density)
+        density = self.args.density or 0.5
+        if method == "cats" and not self.args.model:
+            density = self.args.density or BUNDLED_CATS_DENSITY
+        return Variant(METHODS[method], method, 1.0 if method == "int4" else density)
 
     def learned(self, variant, stages, name=None):
         """A variant with a correction that is learned in these stages."""

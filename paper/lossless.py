@@ -1,4 +1,4 @@
-"""Lossless decoding, which is ours: bytes for each token against accuracy, beside lossy Caprese.
+"""Ours: bytes for each token against accuracy, of lossless decoding beside lossy Caprese.
 
 The pass of the full model that a reselection makes verifies what the sparse model has drafted, so
 the answers are the full model's (sample.stream_verified). What L and R are worth is then how many
@@ -10,12 +10,13 @@ import time
 from collections import Counter
 from dataclasses import replace
 
+from paper import common
+
 import torch
 
 import caprese
 import data
 import sample
-from paper import common
 from paper.experiment import BOTH_STAGES, Variant
 
 NEEDS = ("graded",)

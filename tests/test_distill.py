@@ -543,9 +543,9 @@ def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, nam
 
 
 @pytest.mark.parametrize("words, ours", [
-    ((), {"rank": 32}),  # the bundled model has no room for 256
+    ((), {"rank": 40}),  # the bundled model has no room for 256
     (("--rank", "8", "--loss", "kl"), {"rank": 8, "loss": "kl"}),
-    (("--samples", "5", "--e2e-epochs", "1"), {"samples": 5, "rank": 32, "e2e_epochs": 1}),
+    (("--samples", "5", "--e2e-epochs", "1"), {"samples": 5, "rank": 40, "e2e_epochs": 1}),
 ])
 def test_paper_is_the_paper_s_recipe_but_for_the_flags_given(words, ours):
     args = distill.arguments(["--paper", *words])
@@ -558,12 +558,12 @@ def test_the_two_starting_lines_say_what_will_be_done():
     args = distill.arguments(["--method", "cats", "--density", "0.7", "--e2e-lr", "2e-3"])
     text = distill.describe(args, samples(3))
     assert len(text.splitlines()) == 2
-    for part in ("cats, density 0.7", "rank 32", "the bundled model", "1 x ",
+    for part in ("cats, density 0.7", "rank 40", "the bundled model", "1 x ",
                  "sequential, 3 samples", "kl, 3 samples", "1 epochs", "batches of 32", "0.002"):
         assert part in text
     args = distill.arguments(["--paper", "--loss", "kl", "--dtype", "float32"])
     text = distill.describe(args, samples(3))
-    assert text.endswith("Not the paper's: rank 32, loss kl, torch.float32.")
+    assert text.endswith("Not the paper's: rank 40, loss kl, torch.float32.")
     assert len(text.splitlines()) == 2
 
 
