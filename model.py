@@ -34,7 +34,7 @@ FAMILIES = {
 # For these keys null is a value of its own: no window, no cap, as many as there are heads.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
-ACTIVATIONS = {"silu": nn.SiLU(), "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_FILES = ["config.json", "generation_config.json", "model*.safetensors", "tokenizer.json",
               "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
@@ -303,7 +303,7 @@ class Attention(nn.Module):
                                                  enable_gqa=q.shape[1] != K)
             return out.reshape(shape)
         # tanh sits between scores and softmax (Gemma 2); the fused kernel has no place for it.
-        q = q.unflatten(1, (K, -1))  # [B, K, H/K, T, d]
+        q = q.reshape(B, K, -1, *q.shape[2:])  # [B, K, H/K, T, d]
         scores = q @ k[:, :, None].mT * (self.scale / self.softcap)  # [B, K, H/K, T, S]
         scores = torch.tanh(scores) * self.softcap
         if mask is not None:
