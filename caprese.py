@@ -19,6 +19,7 @@ SparseFF.gather and fused as well, which do the same on the kept neurons alone.
 import hashlib
 import json
 import math
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -403,7 +404,7 @@ def watch_calls(model, shared):
     a prompt in chunks must not end in a chunk of one token, which would count as decoded.) What
     would use the full model under the sparse one's name raises ValueError.
     """
-    shared.cache, shared.length = None, 0  # the cache of the last call, and what it held after it
+    shared.cache, shared.length = None, 0  # of the last call, and how much it held after it
 
     def before(decoder, args, kwargs):
         if shared.set_by_hand:
@@ -419,11 +420,11 @@ def watch_calls(model, shared):
         start, count = int(cache.get_seq_length()), tokens.shape[1]
         if start == 0:
             reset(model)
-        elif cache is not shared.cache or start != shared.length:
+        elif not shared.cache or shared.cache() is not cache or start != shared.length:
             raise ValueError("the sparse model must have filled this KV cache itself, from empty")
         elif count > 1 and next(iter(sparse_layers(model).values())).method == "cats":
             raise ValueError("CATS' tau needs the whole prompt in one call, not in chunks")
-        shared.cache, shared.length = cache, start + count
+        shared.cache, shared.length = weakref.ref(cache), start + count
         shared.name = "prompt" if start == 0 or count > 1 else "sparse"
         shared.mask = padding_mask(kwargs.get("attention_mask"), start, count)
 
@@ -543,6 +544,8 @@ def load_adapter(model, file, density=None, block=SparseFF):
 
 def read_adapter(file):
     """({name: tensor}, what the metadata say) of an adapter; FileNotFoundError or ValueError."""
+    if not Path(file).exists():
+        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes one")
     tensors, about = load_tensors(file)
     if not isinstance(about, dict) or "method" not in about:
         raise ValueError(f"{file} is not a Caprese adapter: its metadata do not name a method")

@@ -171,9 +171,9 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
     """Yield the full model's own output, most of it drafted by the sparse model (ours).
 
     The pass of the full model that a reselection makes also gives its distribution of each token.
-    So drafted tokens stand as long as verify() accepts them, and the pass adds one of its own. At
+    So drafted tokens stand as long as verify_draft accepts them, and the pass adds its own. At
     temperature 0 the output is the full model's token for token, else it has the same distribution.
-    counts, a collections.Counter, counts passes, and drafted and accepted tokens.
+    counts, a collections.Counter, counts passes, tokens drafted and accepted, and tokens of passes.
     """
     counts = Counter() if counts is None else counts
     step, logits = prefill(model, tokens, max_new_tokens)
@@ -181,12 +181,12 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
     yield token
     missing = max_new_tokens - 1
     while missing > 0 and token.item() not in stop_ids:
-        n = min(rho, missing)  # tokens that the full model sees at once
         fed, q = [token], []
-        for _ in range(n - 1):
+        while len(fed) < min(rho, missing) and fed[-1].item() not in stop_ids:
             with caprese.phase(model, "sparse"):
                 q.append(distribution(step(fed[-1]), temperature, top_p))
             fed.append(draw(q[-1], generator))
+        n = len(fed)  # tokens that the full model sees at once
         step.cache.advance(1 - n)
         hidden_states = count_and_select(model, step, torch.stack(fed, dim=1))
         p = distribution(model.logits(hidden_states[0]), temperature, top_p)  # [n, V]
@@ -195,6 +195,7 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
         counts.update(passes=1, drafted=n - 1, accepted=accepted)
         for token in [*fed[1:accepted + 1], last]:
             yield token
+            counts["tokens"] += 1
             if token.item() in stop_ids:
                 return
         missing -= accepted + 1
@@ -447,7 +448,7 @@ def acceptance(model, counts):
         return {}
     full = sum(p.numel() for p in model.parameters()) / (1 + caprese.added_parameters(model))
     steps = counts["drafted"] * caprese.active_parameters(model) / full
-    tokens = counts["passes"] + counts["accepted"]
+    tokens = counts["tokens"]
     return {"acceptance": round(counts["accepted"] / max(1, counts["drafted"]), 3),
             "tokens_per_pass": round(tokens / counts["passes"], 2),
             "bytes_to_full": round((counts["passes"] + steps) / tokens, 3)}

@@ -33,18 +33,18 @@ def accuracies():
 
 
 def test_the_full_model_reasons_and_reads(accuracies):
-    assert min(accuracies["full"]) >= 0.95
+    assert min(accuracies["full"]) >= 0.98
 
 
 def test_sparse_inference_costs_the_maths_but_not_the_reading(accuracies):
     assert accuracies["sparse"][0] <= 0.5 * accuracies["full"][0]
-    assert accuracies["sparse"][1] >= 0.9 * accuracies["full"][1]
+    assert accuracies["sparse"][1] >= 0.93 * accuracies["full"][1]
 
 
-def test_the_bundled_adapter_recovers_four_fifths(accuracies):
+def test_the_bundled_adapter_recovers_the_maths_and_keeps_the_reading(accuracies):
     rows = [{"math_accuracy": accuracies[variant][0]} for variant in VARIANTS]
-    assert recovered(rows) >= 0.8
-    assert accuracies["corrected"][1] >= accuracies["sparse"][1]
+    assert recovered(rows) >= 0.95
+    assert accuracies["corrected"][1] >= 0.98 * accuracies["full"][1]
 
 
 def test_size_on_disk():

@@ -500,7 +500,7 @@ def test_command_prints_the_table_and_writes_an_adapter(tmp_path, command):
     assert rows[0]["unexplained"] == 0 and rows[1]["unexplained"] == pytest.approx(1)
     assert rows[2]["unexplained"] < 0.7
     model = models.Transformer.from_pretrained(sample.BUNDLED)
-    assert list(caprese.sparse_layers(caprese.load_adapter(model, file))) == [0, 1, 2]
+    assert list(caprese.sparse_layers(caprese.load_adapter(model, file))) == [0, 1, 2, 3]
     assert [found.name for found in tmp_path.iterdir()] == ["a.safetensors"]
 
 
@@ -536,7 +536,7 @@ def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, nam
     sample.run_command(sample.main)
     text = capsys.readouterr().out
     about = caprese.read_adapter(out)[1]
-    expected = {"all": "in 6 of 6 layers", "indices": "in 2 of 6 layers",
+    expected = {"all": "in 8 of 8 layers", "indices": "in 2 of 8 layers",
                 "density": "30% of the neurons", "cats": "cats, 50%", "model": "50% of the neurons"}
     assert expected[name] in text and about["method"] in text
     assert name == "model" or "sparse + Caprese" in text

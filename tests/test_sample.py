@@ -192,8 +192,8 @@ def test_a_method_with_a_bundled_adapter_answers_by_it(run, monkeypatch, tmp_pat
 
 
 @pytest.mark.parametrize("method, density, layers, says", [
-    ("cats", 0.5, None, "cats, 50% of the neurons in 6 of 6 layers"),
-    ("griffin", 0.4, [0, 2], "griffin, 40% of the neurons in 2 of 6 layers")])
+    ("cats", 0.5, None, "cats, 50% of the neurons in 8 of 8 layers"),
+    ("griffin", 0.4, [0, 2], "griffin, 40% of the neurons in 2 of 8 layers")])
 def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says, run, tmp_path):
     model = sample.Transformer.from_pretrained(sample.BUNDLED)
     file = tmp_path / "own.safetensors"
