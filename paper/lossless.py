@@ -74,17 +74,19 @@ def measure(experiment):
 
 
 def draw(figure, rows):
-    """Accuracy against bytes: lossy answers as dots, lossless ones as crosses."""
+    """Accuracy against bytes: lossy answers are dots, verified ones crosses, a cross for each n."""
     axes = figure.subplots()
-    for row in rows:
-        lossless = row["n"] is not None
-        axes.scatter(row["bytes_to_full"], row["accuracy %"], marker="x" if lossless else "o",
-                     color=common.color(row["method"].replace(" all layers", "")))
-        label = f"{row['method']}, n = {row['n']}" if lossless else row["method"]
-        if not lossless or row["n"] == 8:
-            axes.annotate(label, (row["bytes_to_full"], row["accuracy %"]), fontsize=8,
-                          xytext=(3, -9), textcoords="offset points")
-    axes.axhline(rows[0]["accuracy %"], color="black", linestyle="--")
+    for method in dict.fromkeys(row["method"] for row in rows[1:]):
+        everywhere = " all layers" in method
+        style = {"color": common.color(method.replace(" all layers", "")), "linestyle": "none",
+                 "fillstyle": "none" if everywhere else "full"}
+        for marker, verified in (("o", False), ("+" if everywhere else "x", True)):
+            chosen = [row for row in rows
+                      if row["method"] == method and (row["n"] is not None) == verified]
+            axes.plot([row["bytes_to_full"] for row in chosen],
+                      [row["accuracy %"] for row in chosen], marker=marker,
+                      label=f"{method}, verified" if verified else method, **style)
+    axes.axhline(rows[0]["accuracy %"], color="black", linestyle="--", label="full")
     axes.set(xlabel="bytes for each token, full model = 1", ylabel="accuracy %")
 
 
