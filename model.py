@@ -541,8 +541,12 @@ class Step:
 
     def capture(self, num_keys):
         """(CUDA graph of run(num_keys), its logits)."""
-        self.run(num_keys)  # once for real: what libraries set up is no part of a graph
-        self.cache.advance(-1)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # once for real: what libraries set up is no part of a graph
+            self.run(num_keys)
+            self.cache.advance(-1)
+        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self.run(num_keys)
