@@ -111,12 +111,7 @@ def account(model, prompt_length, generated, reselect=None):
     reselect tokens, a pass that reads the full model takes the place of a step.
     """
     config, itemsize = model.config, model.dtype.itemsize
-    full, active = sum(p.numel() for p in model.parameters()), caprese.active_parameters(model)
-    for ff in caprese.sparse_layers(model).values():
-        full -= sum(p.numel() for p in ff.adapter_parameters().values())
-    if not config.tie_word_embeddings:  # of this table a step reads one row
-        table = model.model.embed_tokens.weight.numel()
-        full, active = full - table, active - table
+    full, active = caprese.weights_read(model)
     position = 2 * config.num_key_value_heads * config.head_dim * itemsize  # bytes in one layer
     filled = prompt_length + generated / 2
     cache_read = sum(position * min(filled, window or filled) for window in config.windows)
@@ -182,7 +177,7 @@ def variants(args):
     Raises ValueError if the flags do not fit this model.
     """
     config = Config.from_dict(args.config)
-    limit, total = config.max_position_embeddings, args.prompt + max(args.generate)
+    limit, total = config.max_position_embeddings, args.prompt + max(*args.generate, *PASSES)
     if total > limit:
         raise ValueError(f"{total} tokens are asked for, but the model's context ends at {limit}")
     griffin = {"method": "griffin", "density": args.density}
@@ -267,7 +262,9 @@ def time_passes(model, rows, results, args):
     `results`. If each is accepted with probability a, the pass yields (1 - a^n) / (1 - a) tokens.
     """
     steps = {row["row"]: row["ms per token"] for row in results}
-    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
+    length = args.prompt + max(PASSES)
+    tokens = torch.randint(model.config.vocab_size, (1, length), device=model.device)
+    prompt, new = tokens[:, :args.prompt], tokens[:, args.prompt:]
     table = []
     for name in [name for name in rows if name.startswith("GRIFFIN")]:
         caprese.attach(model, **rows[name])
@@ -276,15 +273,15 @@ def time_passes(model, rows, results, args):
             seconds = []
             for _ in range(args.repeats + 1):  # the first one warms up
                 start = clock(model.device)
-                sample.count_and_select(model, step, prompt[:, :n])
+                model.logits(sample.count_and_select(model, step, new[:, :n]))
                 seconds.append(clock(model.device) - start)
                 step.cache.advance(-n)
             row = {"row": name, "n": n, "ms per draft step": steps[name],
                    "ms per pass": 1e3 * statistics.median(seconds[1:])}
             total = row["ms per pass"] + (n - 1) * steps[name]
             for acceptance in ACCEPTANCES:
-                tokens = sum(acceptance ** i for i in range(n))  # (1 - a^n) / (1 - a)
-                row[f"ms per token at {acceptance:.0%}"] = total / tokens
+                yielded = sum(acceptance ** i for i in range(n))  # (1 - a^n) / (1 - a)
+                row[f"ms per token at {acceptance:.0%}"] = total / yielded
             table.append(row | {"full ms per token": steps.get("full")})
     caprese.detach(model)
     return table
@@ -311,6 +308,8 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     if min(args.generate) < 2:
         raise ValueError("--generate must be at least 2: the first token comes from the prefill")
+    if args.verify and args.reselect:
+        raise ValueError("--verify takes the time of a draft step, so give it without --reselect")
     if args.peer and not importlib.util.find_spec("transformers"):
         raise ValueError("--peer transformers needs it: pip install transformers")
     sample.check_device(args.device)

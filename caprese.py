@@ -286,8 +286,9 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
 
     layers None is the paper's choice (section 4): the first half for griffin, all for the others.
     rank 0 means no correction. int4 has no density. Raises ValueError on an unknown method, a
-    density outside (0, 1], a rank outside 0..hidden_size, or layers that the model does not have.
-    On a causal model of transformers, hooks set the phase of each call: see watch_calls.
+    density outside (0, 1], a rank outside 0..hidden_size, layers that the model does not have, or
+    MLPs whose Linears have a bias. On a causal model of transformers, hooks set the phase of each
+    call: see watch_calls.
     """
     total, hidden_size = len(model.model.layers), model.config.hidden_size
     if method not in METHODS:
@@ -302,11 +303,13 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0, block=Spar
     if not 0 < len(known) == len(layers):
         raise ValueError(f"layers are {layers}, but must be different numbers in 0..{total - 1}")
     detach(model)
+    if any(model.model.layers[i].mlp.gate_proj.bias is not None for i in layers):
+        raise ValueError("the MLPs of this model have biases, which is not implemented")
     shared_phase = Phase()
     for i in layers:
         layer = model.model.layers[i]
         layer.mlp = block(layer.mlp, method, density, rank, shared_phase)
-    if type(model).__module__.startswith("transformers."):
+    if hasattr(model, "generate"):  # a model of transformers; ours has none
         watch_calls(model, shared_phase)
     return model
 
@@ -487,6 +490,17 @@ def active_parameters(model):
     return active
 
 
+def weights_read(model):
+    """How many weights a decode step reads: (of the full model, of the sparse one).
+
+    It reads one row of an embedding table that is not the head as well.
+    """
+    base = sum(p.numel() for p in model.parameters()) / (1 + added_parameters(model))
+    table = model.model.embed_tokens.weight.numel()
+    unread = 0 if model.config.tie_word_embeddings else table
+    return round(base) - unread, active_parameters(model) - unread
+
+
 # ---- adapters on disk
 
 def fingerprint(model):
@@ -545,7 +559,7 @@ def load_adapter(model, file, density=None, block=SparseFF):
 def read_adapter(file):
     """({name: tensor}, what the metadata say) of an adapter; FileNotFoundError or ValueError."""
     if not Path(file).exists():
-        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes one")
+        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes adapters")
     tensors, about = load_tensors(file)
     if not isinstance(about, dict) or "method" not in about:
         raise ValueError(f"{file} is not a Caprese adapter: its metadata do not name a method")

@@ -97,7 +97,7 @@ def shard(model, device):
 # ---- interruption: what must survive a kill
 
 class Progress:
-    """Where the work stands; `state` is the stage, its step and seconds, the table, the settings.
+    """Where the work stands: `state` holds stage, step, seconds, the table and the settings.
 
     It is written to `file`, together with the stage's tensors, at the start of a stage and every so
     many steps. A resumed run continues from there, on a CPU to the same bits. Without a file
@@ -106,6 +106,7 @@ class Progress:
 
     def __init__(self, file=None, settings=None, resume=False):
         self.file, self.tensors = file, {}
+        self.first, self.bar = 0, None  # of steps(): the step that it began with, its tqdm bar
         self.state = {"stage": None, "step": 0, "seconds": 0.0, "rows": [], "settings": settings}
         exists = file and os.path.exists(file)
         if exists and not resume:
@@ -272,7 +273,8 @@ def unexplained(model, samples, args):
         for ff, x, residual, _ in stream_residuals(model, batch):
             energy = residual.float().square().sum()
             energies[ff] += torch.stack([squared_error(ff, x, residual), energy]).cpu()
-    return {i: float(energies[ff][0] / energies[ff][1]) for i, ff in layers.items()}
+    return {i: float(energies[ff][0] / energies[ff][1].clamp_min(1e-30))
+            for i, ff in layers.items()}
 
 
 # ---- layer-wise, block by block: inputs from the sparse model as fitted so far (ours)
@@ -292,9 +294,10 @@ def layerwise_sequential(model, batches, rank, progress):
     sparse = list(full)
     last = max(layers)
     for i in progress.steps("layer-wise", last + 1, correction_parameters(model)):
-        for passed in range(i) if i == progress.first else ():
-            advance_states(model, passed, batches, full, "full")
-            advance_states(model, passed, batches, sparse, "mixed")
+        if i == progress.first:
+            for passed in range(i):
+                advance_states(model, passed, batches, full, "full")
+                advance_states(model, passed, batches, sparse, "mixed")
         if i in layers:
             fit_block(model, i, batches, full, sparse, rank)
         else:
@@ -380,7 +383,7 @@ def kl_to_full(model, samples, micro_batch=4):
             sparse = model.model(batch.tokens)[:, :-1][followed]
         total += kl_divergence(model, sparse, full).item()
         count += len(full)
-    return total / count
+    return total / max(1, count)
 
 
 # ---- Adam, and the two stages

@@ -85,7 +85,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
         if len(tokens) * samples > 1 or not reselect:
             raise ValueError("verify takes one row at a time, and reselect: the tokens of a pass")
         yield from stream_verified(model, tokens, max_new_tokens, temperature, top_p, reselect,
-                                   stop_ids, generator, counts)
+                                   stop_ids, prompt_lengths, generator, counts)
         return
     step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths, samples)
     stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
@@ -166,8 +166,8 @@ def reselect_neurons(model, step, tokens):
     return model.logits(count_and_select(model, step, tokens)[:, -1])
 
 
-def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop_ids, generator,
-                    counts=None):
+def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop_ids,
+                    prompt_lengths=None, generator=None, counts=None):
     """Yield the full model's own output, most of it drafted by the sparse model (ours).
 
     The pass of the full model that a reselection makes also gives its distribution of each token.
@@ -176,7 +176,7 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
     counts, a collections.Counter, counts passes, tokens drafted and accepted, and tokens of passes.
     """
     counts = Counter() if counts is None else counts
-    step, logits = prefill(model, tokens, max_new_tokens)
+    step, logits = prefill(model, tokens, max_new_tokens, prompt_lengths)
     token = choose(logits, temperature, top_p, generator)
     yield token
     missing = max_new_tokens - 1
@@ -388,16 +388,16 @@ def choose_variants(args):
 def print_steps(steps, tokenizer, out, full_ids):
     """Print the text of one answer as its tokens come, and pass the tokens on.
 
-    From the first token on that is not the full model's, it is red on a terminal, but not if
-    NO_COLOR is set (no-color.org). Else a caret below the answer points at where that begins.
+    From the first token on that is not the full model's, the text is red on a terminal. Elsewhere,
+    and where NO_COLOR is set (no-color.org), a caret below the answer points at that token.
     """
     from tokenizers.decoders import DecodeStream
     decoder, text, column = DecodeStream(skip_special_tokens=True), "", None
     colored = out.isatty() and not os.environ.get("NO_COLOR")
     for number, token in enumerate(steps):
-        if full_ids and column is None and token.item() != full_ids[number]:
-            column = len(text)
         new = decoder.step(tokenizer.tokenizer, token.item()) or ""
+        if full_ids and column is None and token.item() != full_ids[number]:
+            column = len(text) + len(new) - len(new.lstrip())
         text += new
         shown = RED.format(new) if colored and column is not None else new
         print(shown, end="", file=out, flush=True)
@@ -416,10 +416,10 @@ def answer(model, tokenizer, question, args, out, full_ids=()):
     """
     prompt = torch.tensor([tokenizer.prompt_ids(question)], device=model.device)
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    counts = Counter()
-    steps = stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p, args.reselect,
-                   tokenizer.stop_ids, samples=args.n, generator=generator,
-                   verify=args.verify and bool(caprese.sparse_layers(model)), counts=counts)
+    counts, is_sparse = Counter(), bool(caprese.sparse_layers(model))
+    steps = stream(model, prompt, args.max_new_tokens, args.temperature, args.top_p,
+                   args.reselect if is_sparse else None, tokenizer.stop_ids, samples=args.n,
+                   generator=generator, verify=args.verify and is_sparse, counts=counts)
     if args.n == 1:
         steps = print_steps(steps, tokenizer, out, full_ids)
     columns, times, samples = [], [], []
@@ -446,8 +446,8 @@ def acceptance(model, counts):
     """
     if not counts["passes"]:
         return {}
-    full = sum(p.numel() for p in model.parameters()) / (1 + caprese.added_parameters(model))
-    steps = counts["drafted"] * caprese.active_parameters(model) / full
+    full, active = caprese.weights_read(model)
+    steps = counts["drafted"] * active / full
     tokens = counts["tokens"]
     return {"acceptance": round(counts["accepted"] / max(1, counts["drafted"]), 3),
             "tokens_per_pass": round(tokens / counts["passes"], 2),
@@ -567,11 +567,14 @@ def arguments():
     check_decoding(args.max_new_tokens, args.temperature, args.top_p)
     if args.density is not None and not 0 < args.density <= 1:
         raise ValueError(f"--density is {args.density}, but it must lie in (0, 1]")
+    chosen = args.method or args.density or args.adapter
+    if args.reselect and args.prompt and not chosen:
+        raise ValueError("--reselect is for a sparse model: give --method, --density or --adapter")
     if args.verify and (not args.reselect or args.n > 1):
         raise ValueError("--verify needs --reselect N, the tokens of a pass, and one sample, -n 1")
     if bool(args.questions) != bool(args.out):
         raise ValueError("--questions and --out go together: the file to read, the file to write")
-    if args.questions and (args.prompt or args.method or args.adapter or args.density):
+    if args.questions and (args.prompt or chosen):
         raise ValueError("--questions asks the full model; give no prompt, method or adapter")
     return args
 

@@ -55,7 +55,7 @@ def measure(experiment):
     _, problems = experiment.graded()
     for variant in variants(experiment):
         model = experiment.prepare(variant)
-        full = sum(p.numel() for p in model.parameters()) / (1 + caprese.added_parameters(model))
+        full, active = caprese.weights_read(model)
         for n in (None,) if variant.name == "full" else (None, *PASSES):
             counts = Counter()
             answer_all(experiment, problems[:1], n, Counter())  # warms up
@@ -66,7 +66,7 @@ def measure(experiment):
             equal = sum(one == other for one, other in zip(answers, expected))
             ratios = sample.acceptance(model, counts) or {
                 "acceptance": None, "tokens_per_pass": None,
-                "bytes_to_full": caprese.active_parameters(model) / full}
+                "bytes_to_full": active / full}
             rows.append({"method": variant.name, "n": n, "accuracy %": 100 * right / len(problems),
                          "equal %": 100 * equal / len(problems), **ratios,
                          "ms per token": 1e3 * seconds / sum(map(len, answers))})

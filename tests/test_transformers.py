@@ -241,6 +241,24 @@ def test_a_phase_set_by_hand_stays(pair):
         theirs(tokens)
 
 
+def test_a_subclass_of_a_model_of_transformers_is_watched_too():
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    ours, _ = load("llama-tied")
+    theirs = Own.from_pretrained(FIXTURES / "llama-tied", dtype=torch.float64).eval()
+    attach((ours, theirs), "griffin", 4)
+    tokens = prompt(ours)
+    assert torch.equal(generate(theirs, tokens), sample.generate(ours, tokens, NEW))
+
+
+def test_mlps_with_biases_are_refused():
+    config = transformers.LlamaConfig(vocab_size=20, hidden_size=16, intermediate_size=24,
+                                      num_hidden_layers=2, num_attention_heads=2, mlp_bias=True)
+    with pytest.raises(ValueError, match="biases"):
+        caprese.attach(transformers.LlamaForCausalLM(config))
+
+
 def test_a_failed_call_leaves_the_model_full(pair):
     _, theirs = pair
     tokens = prompt(theirs)

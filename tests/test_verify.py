@@ -104,6 +104,16 @@ def test_sampling_keeps_the_full_models_distribution():
     assert chi_square < freedom + 4 * (2 * freedom) ** 0.5
 
 
+def test_a_padded_prompt_is_answered_as_if_it_were_not():
+    model = full_model()
+    prompt = tiny.tokens(1, 7)
+    expected = sample.generate(model, prompt, 20)
+    padded = torch.cat([prompt, torch.zeros(1, 3, dtype=torch.int64)], dim=1)
+    sparse(model, "griffin", None, 4)
+    found = sample.generate(model, padded, 20, reselect=4, verify=True, prompt_lengths=[7])
+    assert torch.equal(found, expected)
+
+
 def test_one_row_at_a_time():
     model = tiny.model()
     for settings in ({"reselect": None}, {"reselect": 4, "samples": 2}):

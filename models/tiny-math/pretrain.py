@@ -1,6 +1,6 @@
 """Train the bundled model from scratch: python models/tiny-math/pretrain.py
 
-Next-token training on the responses to problems that data.py makes, about an hour on 2 CPU cores.
+Next-token training on the responses to problems that data.py makes, half an hour on 2 CPU cores.
 It writes the folder that this file stands in. An interrupted run continues where it last wrote its
 state, every 100 steps, when the same command is given again.
 """
@@ -19,10 +19,11 @@ from tokenizers import (AddedToken, Regex, Tokenizer, decoders, models, normaliz
 from torch.nn import functional as F
 from tqdm import tqdm
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
 import caprese  # noqa: E402
 import data  # noqa: E402
+import sample  # noqa: E402
 from model import Config, Transformer  # noqa: E402
 
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>"]  # ids 0, 1, 2
@@ -116,15 +117,15 @@ def encode_chat(tokenizer, turns):
 def group_of_batches(tokenizer, args, group):
     """GROUP batches (tokens [B, T] int64, mask [B, T] bool), of chats that are not held out."""
     rng = random.Random(f"{args.seed} {group}")
-    rows = []
-    while len(rows) < args.batch_size * GROUP:
+    chats = []
+    while len(chats) < args.batch_size * GROUP:
         turns = make_chat(rng, group * GROUP / args.steps)
         if turns:
-            rows.append(encode_chat(tokenizer, turns))
-    rows.sort(key=lambda row: len(row[0]))  # chats of one batch have similar lengths
+            chats.append(encode_chat(tokenizer, turns))
+    chats.sort(key=lambda chat: len(chat[0]))  # those of one batch have similar lengths
     found = []
-    for start in range(0, len(rows), args.batch_size):
-        chunk = rows[start:start + args.batch_size]
+    for start in range(0, len(chats), args.batch_size):
+        chunk = chats[start:start + args.batch_size]
         tokens, _ = data.pad([ids for ids, _ in chunk])
         mask, _ = data.pad([mask for _, mask in chunk])
         found.append((tokens, mask.bool()))
@@ -225,7 +226,7 @@ def save(model, file):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--out", type=Path, default=HERE, help="folder to write (default: %(default)s)")
+    add("--out", type=Path, default=FOLDER, help="folder to write (default: %(default)s)")
     add("--steps", type=int, default=2400, help="default: %(default)s")
     add("--batch-size", type=int, default=64, help="chats a step (default: %(default)s)")
     add("--lr", type=float, default=3e-3, help="default: %(default)s")
@@ -252,4 +253,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sample.run_command(main)
