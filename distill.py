@@ -84,9 +84,8 @@ def shard(model, device):
 
     Returns the fraction of the layers' weights that this process holds.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    mesh = init_device_mesh(torch.device(device).type, (process_group()[1],))
+    mesh = dist.init_device_mesh(torch.device(device).type, (process_group()[1],))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     model.to(device)  # what is not sharded
@@ -612,7 +611,8 @@ def distill(args):
 
 def main():
     args = arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
     try:
         if "WORLD_SIZE" in os.environ:
             start_processes(args)
