@@ -25,7 +25,7 @@ import caprese
 import data
 import distill
 import sample
-from paper.experiment import METHODS, TOP_P, Experiment, digest
+from paper.experiment import BUNDLED_CATS_DENSITY, METHODS, TOP_P, Experiment, digest
 from paper.scores import read_row
 
 QUICK = {"limit": 100, "runs": 1, "batch_size": 128, "temperature": 0.0, "samples": 1000}
@@ -110,7 +110,8 @@ def arguments(argv, module):
     add("--train", help="with --model: samples to learn L and R from, JSONL", **files)
     add("--adapter", help="one more row, of this adapter", **files)
     add("--method", action="append", choices=METHODS, help="default: those of the paper's table")
-    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: 0.5)")
+    add("--density", type=float, help="kept neurons, as a fraction in (0, 1] (default: 0.5; the "
+        f"bundled model's CATS: {BUNDLED_CATS_DENSITY})")
     add("--rank", type=sample.positive, help=f"r (default: {distill.DEFAULTS['rank']}; "
         f"bundled model: {distill.BUNDLED['rank']})")
     add("--samples", type=sample.positive, help="training samples of each file, at most")
