@@ -468,10 +468,19 @@ def padding_mask(attention_mask, start, count):
     return sees_itself if sees_itself.dtype == torch.bool else sees_itself == 0
 
 
+# ---- counting parameters
+
+def correction_parameters(model):
+    """{"layer.name": parameter} of the whole correction."""
+    found = {}
+    for i, ff in sparse_layers(model).items():
+        found |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
+    return found
+
+
 def added_parameters(model):
     """Parameters of the correction, as a fraction of the model's own (figure 6)."""
-    layers = sparse_layers(model).values()
-    added = sum(p.numel() for ff in layers for p in ff.adapter_parameters().values())
+    added = sum(p.numel() for p in correction_parameters(model).values())
     return added / (sum(p.numel() for p in model.parameters()) - added)
 
 
@@ -482,9 +491,13 @@ def active_parameters(model):
     """
     active = sum(p.numel() for p in model.parameters())
     for ff in sparse_layers(model).values():
-        skipped = {"griffin": ff.parameters(), "cats": [ff.up_proj.weight, ff.down_proj.weight]}
+        selected = []
+        if ff.method == "griffin":
+            selected = ff.parameters()
+        if ff.method == "cats":
+            selected = [ff.up_proj.weight, ff.down_proj.weight]
         intermediate_size = ff.gate_proj.out_features
-        for p in skipped.get(ff.method, []):
+        for p in selected:
             if intermediate_size in p.shape:  # it has a part for each neuron
                 active -= p.numel() // intermediate_size * (intermediate_size - ff.num_kept)
     return active
@@ -495,10 +508,10 @@ def weights_read(model):
 
     It reads one row of an embedding table that is not the head as well.
     """
-    base = sum(p.numel() for p in model.parameters()) / (1 + added_parameters(model))
-    table = model.model.embed_tokens.weight.numel()
-    unread = 0 if model.config.tie_word_embeddings else table
-    return round(base) - unread, active_parameters(model) - unread
+    unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
+    full = sum(p.numel() for p in model.parameters())
+    full -= sum(p.numel() for p in correction_parameters(model).values())
+    return full - unread, active_parameters(model) - unread
 
 
 # ---- adapters on disk

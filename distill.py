@@ -149,12 +149,6 @@ class Progress:
             caprese.save_tensors(on_host, self.file, self.state)
 
 
-def correction_parameters(model):
-    """{"layer.name": parameter} of the whole correction."""
-    return {f"{i}.{name}": p for i, ff in caprese.sparse_layers(model).items()
-            for name, p in ff.adapter_parameters().items()}
-
-
 # ---- layer-wise, streaming: inputs from the full model, one pass for all blocks
 
 @torch.no_grad()
@@ -237,7 +231,7 @@ def fit(ff, A, C, rank):
 def layerwise_closed(model, batches, rank, progress):
     """Give every sparse layer the optimum of (7), in one pass of the full model."""
     moments = {ff: new_moments(model) for ff in caprese.sparse_layers(model).values()}
-    for _ in progress.steps("layer-wise", 1, correction_parameters(model)):
+    for _ in progress.steps("layer-wise", 1, caprese.correction_parameters(model)):
         for batch in tqdm(batches, "closed form", leave=False, disable=None):
             for ff, x, residual, _ in stream_residuals(model, batch):
                 add_moments(*moments[ff], x, residual)  # e of (7) is the residual
@@ -292,7 +286,7 @@ def layerwise_sequential(model, batches, rank, progress):
     full = [model.model.embed(batch.tokens).cpu() for batch in batches]  # [B, T, D] each
     sparse = list(full)
     last = max(layers)
-    for i in progress.steps("layer-wise", last + 1, correction_parameters(model)):
+    for i in progress.steps("layer-wise", last + 1, caprese.correction_parameters(model)):
         if i == progress.first:
             for passed in range(i):
                 advance_states(model, passed, batches, full, "full")
@@ -382,14 +376,16 @@ def kl_to_full(model, samples, micro_batch=4):
             sparse = model.model(batch.tokens)[:, :-1][followed]
         total += kl_divergence(model, sparse, full).item()
         count += len(full)
-    return total / max(1, count)
+    if count == 0:
+        raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
+    return total / count
 
 
 # ---- Adam, and the two stages
 
 def train(model, samples, backward, args, stage, progress, lr, epochs, batch_size):
     """Adam on the correction with a linear schedule and 2% warm-up, as in the paper."""
-    learned = correction_parameters(model)
+    learned = caprese.correction_parameters(model)
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
     state = dict(learned)
     for name, p in learned.items():  # made now, so that a resumed run can fill it

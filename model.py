@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 FAMILIES = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
-                "max_window_layers": 0},
+                "max_window_layers": 0, "qkv_bias": False, "o_bias": False},
     "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
     "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
     "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
@@ -94,6 +94,9 @@ class Config:
             refuse_other_models(raw)
             bias = bool(raw.get("attention_bias"))
             given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
+            if not raw["model_type"].startswith("qwen"):  # only Qwen's code reads these
+                for key in ("use_sliding_window", "max_window_layers"):
+                    given.pop(key, None)
             raw = {"qkv_bias": bias, "o_bias": bias} | FAMILIES[raw["model_type"]] | given
             heads = raw["num_attention_heads"]
             # Gemma 2's code ignores hidden_act, which its first config files carry as well.

@@ -23,7 +23,7 @@ import caprese
 import data
 import distill
 import sample
-from paper.scores import read_row, scores
+from paper.scores import read_row, scores, summary
 
 TOP_P = 0.95  # the paper's, where it samples
 BUNDLED_CATS_DENSITY = 0.05  # at 0.2 and above CATS costs so small a model nothing
@@ -208,6 +208,13 @@ class Experiment:
                 out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
                 out.flush()
         return [done[job] for job in jobs]
+
+    def score_columns(self, variant):
+        """The scores of a variant on every problem set, as columns of a table."""
+        columns = {}
+        for name, problems in self.problem_sets().items():
+            columns |= summary(self.answers(variant, name, problems), f"{name} ")
+        return columns
 
     def answer(self, variant, problems, batch):
         """Decode a batch of (problem's index, run): its answers with their scores and seconds."""

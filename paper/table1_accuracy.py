@@ -9,7 +9,6 @@ Its instruct models stay within noise on CoQA, QASPER, XSum and CNN/DM, by every
 from paper import common
 
 import caprese
-from paper.scores import summary
 
 NEEDS = ("problems",)
 
@@ -63,9 +62,7 @@ def measure(experiment):
     for variant in experiment.variants(("griffin", "cats")):
         active = caprese.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
-        for name, problems in experiment.problem_sets().items():
-            row |= summary(experiment.answers(variant, name, problems), f"{name} ")
-        rows.append(row)
+        rows.append(row | experiment.score_columns(variant))
     return rows
 
 

@@ -13,7 +13,6 @@ from paper import common
 import caprese
 from paper.experiment import BOTH_STAGES, E2E, Variant
 from paper.lora import LoRAFF
-from paper.scores import summary
 
 NEEDS = ("problems", "samples")
 
@@ -28,9 +27,7 @@ def measure(experiment):
     for variant in (Variant("full"), griffin, lora, low_rank, both):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
-        for name, problems in experiment.problem_sets().items():
-            row |= summary(experiment.answers(variant, name, problems), f"{name} ")
-        rows.append(row)
+        rows.append(row | experiment.score_columns(variant))
     return rows
 
 

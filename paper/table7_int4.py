@@ -9,7 +9,6 @@ dtype. So small a model as the bundled one loses nothing by 4 bits, and there is
 from paper import common
 
 import caprese
-from paper.scores import summary
 
 NEEDS = ("problems",)
 
@@ -20,9 +19,7 @@ def measure(experiment):
     for variant in experiment.variants(("int4",)):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
-        for name, problems in experiment.problem_sets().items():
-            row |= summary(experiment.answers(variant, name, problems), f"{name} ")
-        rows.append(row)
+        rows.append(row | experiment.score_columns(variant))
     return rows
 
 

@@ -391,6 +391,11 @@ def test_kl_to_full_equals_a_plain_computation(method, device):
     assert distill.kl_to_full(model, samples(9)) == pytest.approx(sum(kl) / len(kl), rel=1e-4)
 
 
+def test_responses_of_one_token_have_no_kl(device):
+    with pytest.raises(ValueError, match="two tokens"):
+        distill.kl_to_full(tiny.model(device=device), [([1, 2, 3], [4]), ([5, 6], [7])])
+
+
 def test_kl_to_full_ignores_padding_and_the_chunks_of_logits(device, monkeypatch):
     model = attached("griffin", device)
     alone = distill.kl_to_full(model, samples(9), 1)
@@ -411,7 +416,7 @@ def test_a_step_that_is_no_number_ends_the_training_and_keeps_the_last_good_stat
         loss = e2e_backward(*args, **kwargs)
         calls.append(loss)
         if len(calls) > 3:
-            for p in distill.correction_parameters(model).values():
+            for p in caprese.correction_parameters(model).values():
                 p.grad *= math.nan
         return loss
 

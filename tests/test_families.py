@@ -155,3 +155,14 @@ def test_smollm2_logits():
     last = model(torch.tensor([ids]))[0, -1]
     # 30 layers at logits of size 20: float32 sums in another order differ by a few 1e-5
     assert_close(last[torch.tensor(known["top"])], torch.tensor(known["logits"]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_keys_that_a_familys_own_code_ignores_change_nothing(family):
+    """Only Qwen's reads these; Mistral's reads no attention_bias either."""
+    raw = read_json(FIXTURES / ("llama-tied" if family == "llama" else family) / "config.json")
+    expected = Config.from_dict(raw | {"sliding_window": 6})
+    ignored = {"use_sliding_window": family == "llama", "max_window_layers": 1}
+    if family == "mistral":
+        ignored["attention_bias"] = True
+    assert Config.from_dict(raw | {"sliding_window": 6} | ignored) == expected
