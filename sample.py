@@ -25,6 +25,7 @@ from model import DTYPES, Transformer, resolve
 BUNDLED = Path(__file__).resolve().parent / "models" / "tiny-math"
 HARD_SEED = 1  # of the problem that is answered without a prompt
 SHRINK = 0.75  # a batch drops its finished rows once so few are unfinished
+SURE = 0.9     # where the draft gives its best token less than this, the pass follows
 RED = "\033[31m{}\033[0m"  # a text in a terminal's escape codes
 
 
@@ -171,8 +172,9 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
     """Yield the full model's own output, most of it drafted by the sparse model (ours).
 
     The pass of the full model that a reselection makes also gives its distribution of each token.
-    So drafted tokens stand as long as verify_draft accepts them, and the pass adds its own. At
-    temperature 0 the output is the full model's token for token, else it has the same distribution.
+    So drafted tokens stand as long as verify_draft accepts them, and the pass adds its own. A pass
+    takes rho tokens, or fewer where the draft was unsure of one. At temperature 0 the output is the
+    full model's token for token, else it has the same distribution.
     counts, a collections.Counter, counts passes, tokens drafted and accepted, and tokens of passes.
     """
     counts = Counter() if counts is None else counts
@@ -184,8 +186,11 @@ def stream_verified(model, tokens, max_new_tokens, temperature, top_p, rho, stop
         fed, q = [token], []
         while len(fed) < min(rho, missing) and fed[-1].item() not in stop_ids:
             with caprese.phase(model, "sparse"):
-                q.append(distribution(step(fed[-1]), temperature, top_p))
+                logits = step(fed[-1])
+            q.append(distribution(logits, temperature, top_p))
             fed.append(draw(q[-1], generator))
+            if logits.softmax(dim=-1).amax() < SURE:
+                break
         n = len(fed)  # tokens that the full model sees at once
         step.cache.advance(1 - n)
         hidden_states = count_and_select(model, step, torch.stack(fed, dim=1))

@@ -15,6 +15,12 @@ def full_model(**changes):
     return tiny.model(**changes).double()
 
 
+@pytest.fixture(autouse=True)
+def long_drafts(monkeypatch):
+    """Random models are never sure of a token; so that drafts are long they need not be."""
+    monkeypatch.setattr(sample, "SURE", 0.0)
+
+
 def sparse(model, method, layers, rank):
     """A draft that is often wrong: few neurons, and a random correction where rank is above 0."""
     return tiny.fill(caprese.attach(model, method, 0.3, layers, rank))
@@ -50,6 +56,21 @@ def test_prompts_of_any_length_up_to_the_end_of_the_context(length):
     for rho in range(1, 10):
         found = sample.generate(model, prompt, 40, reselect=rho, verify=True)
         assert torch.equal(found, expected)
+
+
+def test_a_draft_ends_where_it_is_unsure(monkeypatch):
+    model = full_model()
+    prompt = tiny.tokens(1, 7)
+    expected = sample.generate(model, prompt, 30)
+    sparse(model, "griffin", None, 4)
+    drafted = {}
+    for sure in (0.0, 0.05, 1.0):
+        monkeypatch.setattr(sample, "SURE", sure)
+        counts = Counter()
+        found = sample.generate(model, prompt, 30, reselect=9, verify=True, counts=counts)
+        assert torch.equal(found, expected)
+        drafted[sure] = counts["drafted"] / counts["passes"]
+    assert drafted[1.0] <= 1 and drafted[1.0] < drafted[0.05] < drafted[0.0]
 
 
 def test_the_answer_ends_where_the_full_models_does():

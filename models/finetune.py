@@ -1,0 +1,153 @@
+"""Fine-tune all weights of a model on JSONL samples: python models/finetune.py --model FOLDER ...
+
+Next-token training on the responses, one stop id at the end of each. `#### N` becomes \\boxed{N}
+and the question asks for the box, as the evaluation of a --model does. The weights are bfloat16
+where the processor computes in it, beside a float32 copy that AdamW changes. An interrupted run
+continues with --resume where it last wrote its state.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import distill  # noqa: E402
+import sample  # noqa: E402
+from model import resolve  # noqa: E402
+
+WARM_UP = 0.03  # of the steps, until the learning rate is reached
+
+
+def words(text):
+    """The words and numbers of a text, without case, signs and spaces: what the check compares."""
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def read_samples(args, tokenizer):
+    """Encoded samples [(prompt_ids, response_ids)] of --data, without any problem of --exclude."""
+    excluded = set()
+    for file in args.exclude:
+        excluded |= {words(p.question) for p in data.read_problems(file, evaluation=True)}
+    problems = []
+    for file, count in zip(args.data, args.samples or [None] * len(args.data), strict=True):
+        for problem in data.read_problems(file, count):
+            if words(problem.question) in excluded:
+                print(f"left out, as an evaluation has it: {problem.question}")
+                continue
+            problem.question += "\n" + data.BOXED["maths"]
+            problem.response = re.sub(r"#### *(.*)", r"\\boxed{\1}", problem.response)
+            problems.append(problem)
+    stop = [tokenizer.stop_ids[0]]
+    samples = data.encode_samples(problems, tokenizer, args.max_tokens)
+    return [(prompt, response + stop) for prompt, response in samples]
+
+
+def backward(model, samples, indices, num_tokens):
+    """Cross-entropy of these samples' responses over num_tokens. Runs backward, returns a float."""
+    batch = data.collate(samples, indices, model.device)
+    learned = batch.response[:, 1:]  # position i predicts token i + 1
+    hidden_states = model.model(batch.tokens[:, :-1])[learned]
+    logits = model.logits(hidden_states).float()
+    loss = F.cross_entropy(logits, batch.tokens[:, 1:][learned], reduction="sum") / num_tokens
+    loss.backward()
+    return loss.item()
+
+
+def train(model, samples, args, progress):
+    """AdamW with warm-up and a linear decay to zero; one line of the loss curve every 20 steps."""
+    weights = dict(model.named_parameters())
+    master = {name: p.detach().float().clone() for name, p in weights.items()}
+    optimizer = torch.optim.AdamW(master.values(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    state = dict(master)
+    for name, p in master.items():  # made now, so that a resumed run can fill it
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+        state |= {f"{name}:{key}": value for key, value in optimizer.state[p].items()}
+    schedule = []
+    for epoch in range(args.epochs):
+        schedule += data.batch_indices(samples, args.batch_size, seed=args.seed + epoch)
+    losses, total = [], len(schedule)
+    for step in progress.steps("fine-tuning", total, state, args.save_every):
+        if step == progress.first:  # what has been resumed is in the master copy
+            copy_weights(master, weights)
+        indices = schedule[step]
+        num_tokens = sum(len(samples[i][1]) for i in indices)
+        with torch.enable_grad():
+            losses.append(sum(backward(model, samples, indices[i:i + args.micro_batch], num_tokens)
+                              for i in range(0, len(indices), args.micro_batch)))
+        for name, p in weights.items():
+            master[name].grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+        optimizer.param_groups[0]["lr"] = args.lr * min(
+            (step + 1) / (WARM_UP * total), (total - step) / total)
+        optimizer.step()
+        copy_weights(master, weights)
+        progress.bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        if (step + 1) % 20 == 0:
+            print(f"step {step + 1}: loss {sum(losses) / len(losses):.4f}", flush=True)
+            losses = []
+
+
+@torch.no_grad()
+def copy_weights(master, weights):
+    for name, p in weights.items():
+        p.copy_(master[name])
+
+
+def save(model, source, folder):
+    """Write the folder in the official layout: the source's files, and the weights in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in [*source.glob("*.json"), *source.glob("*.jinja")]:
+        if not file.name.endswith(".index.json"):
+            shutil.copyfile(file, folder / file.name)
+    tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
+    file = folder / "model.safetensors"
+    save_file(tensors, f"{file}.tmp", metadata={"format": "pt"})
+    os.replace(f"{file}.tmp", file)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def main():
+    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0]))
+    add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
+    add("--data", help="training samples, JSONL", required=True, **files)
+    add("--exclude", help="evaluation problems, which are left out of the training", **files)
+    add("--samples", type=sample.positive, action="append", help="of each --data, in order")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--epochs", type=sample.positive, default=1, help="default: %(default)s")
+    add("--lr", type=float, default=3e-4, help="default: %(default)s")
+    add("--batch-size", type=sample.positive, default=16, help="default: %(default)s")
+    add("--micro-batch", type=sample.positive, default=8, help="default: %(default)s")
+    add("--max-tokens", type=int, default=512, help="drop longer samples (default: %(default)s)")
+    add("--save-every", type=sample.positive, default=50, help="steps (default: %(default)s)")
+    add("--resume", action="store_true", help="continue an interrupted run")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    torch.manual_seed(args.seed)
+    settings = {key: str(value) for key, value in vars(args).items()
+                if key not in ("device", "resume", "save_every")}
+    progress = distill.Progress(f"{args.out}.state", settings, args.resume)
+    model, tokenizer = sample.load(args)
+    samples = read_samples(args, tokenizer)
+    print(f"Fine-tuning {args.model} ({model.dtype}) on {args.device}: {len(samples)} samples, "
+          f"{args.epochs} epochs in batches of {args.batch_size}.", flush=True)
+    model.requires_grad_(True)
+    train(model, samples, args, progress)
+    checksum = save(model, resolve(args.model), args.out)
+    os.unlink(progress.file)
+    print(json.dumps({"folder": str(args.out), "sha256": checksum}))
+
+
+if __name__ == "__main__":
+    sample.run_command(main)

@@ -1,0 +1,151 @@
+"""Write easy word problems with worked solutions: python models/word_problems.py --out FILE
+
+What models/finetune.py takes beside GSM8K: problems of one to three steps in everyday words, and
+the running-number problems of data.py. With --held-out the file holds the latter alone, as
+evaluation problems, which no training file of this script or of data.py contains.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data  # noqa: E402
+import sample  # noqa: E402
+
+NAMES = data.NAMES + "Olivia Haley Paul Nancy Robin Wendy Henry Gwen Kaleb Faye".split()
+THINGS = data.THINGS + ("flowers balloons tickets pictures eggs muffins toys oranges "
+                        "songs games bottles cups chairs").split()
+PLACES = "boxes bags baskets shelves rows groups jars tables albums teams".split()
+# A story with its question, then the steps: what is said, and what is computed from a, b, c and
+# from the results x and y of the steps before.
+STORIES = [
+    ("{who} had {a} {things}. Later {who} got {b} more. How many {things} does {who} have now?",
+     ("{who} now has", "a + b")),
+    ("There were {a} {things} in the room. {who} took {b} of them away. How many are left?",
+     ("The number left is", "a - b")),
+    ("{who} has {a} {things} and {other} has {b}. How many more {things} does {who} have than "
+     "{other}?", ("The difference is", "a - b")),
+    ("{who} packs {c} {things} into each of {b} {places}. How many {things} is that in all?",
+     ("In all that is", "b * c")),
+    ("{who} put {a} {things} into {c} equal {places}. How many {things} are in each?",
+     ("Each holds", "a / c")),
+    ("A {thing} costs ${c}. {who} has ${a}. How many can {who} buy?",
+     ("{who} can buy", "a / c")),
+    ("{who} had {a} {things} and bought {b} more. Then {who} gave {c} to {other}. How many "
+     "{things} does {who} have left?",
+     ("Before giving any away {who} had", "a + b"), ("That leaves", "x - c")),
+    ("At a fair {who} won {a} {things}. {who} lost {b} of them and shared the rest equally into "
+     "{c} {places}. How many {things} went into each?",
+     ("After the loss {who} had", "a - b"), ("Each got", "x / c")),
+    ("{who} has {a} {things} and {other} has {b}. They put them together into {places} of {c} "
+     "each. How many {places} do they fill?",
+     ("Together they have", "a + b"), ("They fill", "x / c")),
+    ("{who} bought {c} {things} for ${b} each and paid with ${a}. How much change did {who} get?",
+     ("The price was", "c * b"), ("The change was", "a - x")),
+    ("{who} earns ${b} an hour and works {c} hours. {who} already had ${a}. How much money does "
+     "{who} have now?", ("{who} earned", "b * c"), ("In all {who} has", "a + x")),
+    ("There are {c} {places} with {a} {things} each and {d} {places} with {b} {things} each. How "
+     "many {things} are there?", ("The first hold", "c * a"), ("The others hold", "d * b"),
+     ("Together there are", "x + y")),
+    ("{who} bought {a} {things} and {other} bought {b}. {d} of them were broken. How many good "
+     "{things} do they have?", ("They bought", "a + b"), ("The good ones are", "x - d")),
+    ("{who} had ${a}. {who} spent ${b} on lunch and bought {things} with the rest, at ${c} each. "
+     "How many {things} did {who} buy?",
+     ("After lunch {who} had", "a - b"), ("{who} bought", "x / c")),
+    ("A teacher invited {a} pupils, but {b} of them stayed at home. Each of the others got {c} "
+     "{things}. How many {things} were needed?",
+     ("The pupils who came were", "a - b"), ("They needed", "x * c")),
+    ("{who} made {a} {things} for a sale and sold {b} of them. The rest were sold the next day at "
+     "${c} each. How much money did the next day bring?",
+     ("The rest were", "a - b"), ("They brought", "x * c")),
+    ("{who} collected {a} {things} on Monday, {b} on Tuesday and {d} on Wednesday. How many "
+     "{things} is that altogether?",
+     ("In the first two days that is", "a + b"), ("Altogether it is", "x + d")),
+    ("Each ride takes {c} tickets. {who} bought {a} tickets and has {b} left from last year. How "
+     "many rides can {who} take?", ("{who} has", "a + b"), ("{who} can take", "x / c")),
+    ("{who} read {c} pages a day for {d} days. The book has {a} pages. How many pages are left?",
+     ("{who} has read", "c * d"), ("The pages left are", "a - x")),
+    ("{who} has {c} times as many {things} as {other}. {other} has {b}. How many do they have "
+     "together?", ("{who} has", "c * b"), ("Together they have", "x + b")),
+    ("There are {a} {things} on {c} equal {places}. {who} takes all that is on {d} of them. How "
+     "many {things} does {who} take?", ("Each holds", "a / c"), ("{who} takes", "x * d")),
+    ("{who} needs {a} {things} for a party. {who} has {b}, and the shop sells them in packs of "
+     "{c}. How many packs must {who} buy?",
+     ("{who} still needs", "a - b"), ("The packs are", "x / c")),
+]
+
+
+def compute(expression, values):
+    """The value of "a + b" by the names in values; None if it is not a whole number above 0."""
+    left, op, right = expression.split()
+    a, b = values[left], values[right]
+    if op == "/":
+        return a // b if a % b == 0 else None
+    result = {"+": a + b, "-": a - b, "*": a * b}[op]
+    return result if result > 0 else None
+
+
+def make_story(rng):
+    """One problem of STORIES, with numbers for which every step gives a whole number above 0."""
+    story, *steps = rng.choice(STORIES)
+    who, other = rng.sample(NAMES, 2)
+    things = rng.choice(THINGS)
+    words = {"who": who, "other": other, "things": things, "thing": things[:-1],
+             "places": rng.choice(PLACES)}
+    while True:
+        largest = rng.choice((20, 50, 99))
+        values = {"a": rng.randint(2, largest), "b": rng.randint(2, largest),
+                  "c": rng.randint(2, 10), "d": rng.randint(2, 10)}
+        numbers = dict(values)
+        lines = []
+        for (said, expression), name in zip(steps, "xyz"):
+            result = compute(expression, numbers)
+            if result is None:
+                break
+            numbers[name] = result
+            left, op, right = expression.split()
+            lines.append(f"{said.format(**words)} {numbers[left]} {op} {numbers[right]} = "
+                         f"{result}.")
+        if len(lines) == len(steps):
+            return {"question": story.format(**words, **values),
+                    "answer": "\n".join(lines) + f"\n#### {result}"}
+
+
+def make_rows(args):
+    """The rows of the file, in random order."""
+    running = []
+    for problem in data.problems("maths", args.running, args.seed, evaluation=args.held_out):
+        running.append({"question": problem.question, "answer": problem.response,
+                        "level": problem.level})
+    if args.held_out:
+        return running
+    rng, stories = random.Random(f"stories {args.seed}"), {}
+    while len(stories) < args.stories:
+        row = make_story(rng)
+        stories[row["question"]] = row
+    rows = running + list(stories.values())
+    rng.shuffle(rows)
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--out", required=True, help="JSONL file to write")
+    add("--stories", type=int, default=4000, help="everyday problems (default: %(default)s)")
+    add("--running", type=int, default=1500, help="data.py's (default: %(default)s)")
+    add("--held-out", action="store_true", help="data.py's evaluation problems alone")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    with open(f"{args.out}.tmp", "w", encoding="utf-8") as file:
+        for row in make_rows(args):
+            file.write(json.dumps(row) + "\n")
+    os.replace(f"{args.out}.tmp", args.out)
+
+
+if __name__ == "__main__":
+    sample.run_command(main)
