@@ -68,7 +68,7 @@ def train(model, samples, args, progress):
     """AdamW with warm-up and a linear decay to zero; one line of the loss curve every 20 steps."""
     weights = dict(model.named_parameters())
     master = {name: p.detach().float().clone() for name, p in weights.items()}
-    optimizer = torch.optim.AdamW(master.values(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(master.values(), betas=(0.9, 0.98), weight_decay=0.0)
     state = dict(master)
     for name, p in master.items():  # made now, so that a resumed run can fill it
         optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
@@ -101,6 +101,7 @@ def train(model, samples, args, progress):
 
 @torch.no_grad()
 def copy_weights(master, weights):
+    """Round the float32 copy to the weights of the model."""
     for name, p in weights.items():
         p.copy_(master[name])
 
@@ -134,7 +135,6 @@ def main():
     add("--resume", action="store_true", help="continue an interrupted run")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    torch.manual_seed(args.seed)
     settings = {key: str(value) for key, value in vars(args).items()
                 if key not in ("device", "resume", "save_every")}
     progress = distill.Progress(f"{args.out}.state", settings, args.resume)

@@ -115,6 +115,8 @@ def arguments(argv, module):
     add("--rank", type=sample.positive, help=f"r (default: {distill.DEFAULTS['rank']}; "
         f"bundled model: {distill.BUNDLED['rank']})")
     add("--samples", type=sample.positive, help="training samples of each file, at most")
+    add("--e2e-lr", type=float, help="default: that of distill.py")
+    add("--e2e-epochs", type=sample.positive, help="default: that of distill.py")
     add("--limit", type=sample.positive, help="problems of each set, at most")
     add("--runs", type=sample.positive, help="answers to each problem")
     add("--batch-size", type=sample.positive, help="answers decoded side by side")

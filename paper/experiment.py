@@ -27,7 +27,8 @@ from paper.scores import read_row, scores, summary
 
 TOP_P = 0.95  # the paper's, where it samples
 BUNDLED_CATS_DENSITY = 0.05  # at 0.2 and above CATS costs so small a model nothing
-METHODS = {"griffin": "GRIFFIN", "cats": "CATS", "int4": "4-bit"}  # --method: name in the tables
+METHODS = {"griffin": "GRIFFIN", "griffin-all": "GRIFFIN all layers", "cats": "CATS",
+           "int4": "4-bit"}  # --method: name in the tables
 LAYERWISE, E2E, BOTH_STAGES = ("layer-wise",), ("E2E",), ("layer-wise", "E2E")
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCES = [PROJECT / f"{name}.py" for name in ("model", "caprese", "data", "sample", "distill")]
@@ -84,7 +85,8 @@ class Experiment:
         """distill.py's settings for the samples of --train, or of the bundled model."""
         args = self.args
         flags = ["--seed", args.seed, "--rank", rank or self.rank]
-        for flag, value in (("--samples", args.samples), ("--model", args.model)):
+        for flag, value in (("--samples", args.samples), ("--model", args.model),
+                            ("--e2e-lr", args.e2e_lr), ("--e2e-epochs", args.e2e_epochs)):
             flags += [flag, value] if value else []
         for file in args.train:
             flags += ["--data", file]
@@ -115,7 +117,9 @@ class Experiment:
         density = self.args.density or 0.5
         if method == "cats" and not self.args.model:
             density = self.args.density or BUNDLED_CATS_DENSITY
-        return Variant(METHODS[method], method, 1.0 if method == "int4" else density)
+        layers = "all" if method == "griffin-all" else None
+        return Variant(METHODS[method], method.removesuffix("-all"),
+                       1.0 if method == "int4" else density, layers=layers)
 
     def learned(self, variant, stages, name=None):
         """A variant with a correction that is learned in these stages."""
@@ -199,11 +203,11 @@ class Experiment:
         if missing:
             self.prepare(variant)
             if args.batch_size == 1:
-                self.answer(variant, problems, [(0, 0)])  # warm-up, whose time does not count
+                self.answer(variant, problems, [(0, 0)], name)  # warm-up, whose time does not count
         bar = tqdm(missing, desc=f"{name} {variant.name}", leave=False, disable=None)
         with open(file, "a", encoding="utf-8") as out:
             for batch in bar:
-                lines = self.answer(variant, problems, batch)
+                lines = self.answer(variant, problems, batch, name)
                 done |= dict(zip(batch, lines))
                 out.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
                 out.flush()
@@ -216,7 +220,7 @@ class Experiment:
             columns |= summary(self.answers(variant, name, problems), f"{name} ")
         return columns
 
-    def answer(self, variant, problems, batch):
+    def answer(self, variant, problems, batch, name):
         """Decode a batch of (problem's index, run): its answers with their scores and seconds."""
         seed = zlib.crc32(f"{self.args.seed} {batch[0]}".encode())
         start = time.perf_counter()
@@ -225,9 +229,10 @@ class Experiment:
         seconds = (time.perf_counter() - start) / len(batch)
         lines = []
         for (i, run), (response, tokens) in zip(batch, responses):
-            lines.append({"problem": i, "run": run, "question": problems[i].question,
-                          "response": response, "answer": problems[i].answer,
-                          **scores(problems[i], response), "tokens": tokens, "seconds": seconds})
+            lines.append({"set": name, "variant": variant.name, "problem": i, "run": run,
+                          "question": problems[i].question, "answer": problems[i].answer,
+                          "response": response, **scores(problems[i], response),
+                          "tokens": tokens, "seconds": seconds})
         return lines
 
     def decode(self, questions, reselect, seed):

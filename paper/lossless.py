@@ -8,7 +8,6 @@ reselection. Bytes are those of the weights. Each answer is greedy and decoded a
 
 import time
 from collections import Counter
-from dataclasses import replace
 
 from paper import common
 
@@ -17,24 +16,12 @@ import torch
 import caprese
 import data
 import sample
-from paper.experiment import BOTH_STAGES, Variant
+from paper.experiment import BOTH_STAGES
 
 NEEDS = ("graded",)
 QUICK = {"limit": 40}
 FULL = {"limit": 200}
 PASSES = (2, 4, 8, 16)
-
-
-def variants(experiment):
-    """The full model, then GRIFFIN and its correction, in half of the layers and in all."""
-    found = [Variant("full")]
-    for method in experiment.args.method or ("griffin",):
-        half = experiment.sparse(method)
-        for alone in (half, replace(half, name=f"{half.name} all layers", layers="all")):
-            found.append(alone)
-            if experiment.trainable:
-                found.append(experiment.learned(alone, BOTH_STAGES))
-    return found + experiment.adapters()
 
 
 def answer_all(experiment, problems, n, counts):
@@ -53,7 +40,8 @@ def measure(experiment):
     """A row for each variant and each n."""
     rows, expected = [], None
     _, problems = experiment.graded()
-    for variant in variants(experiment):
+    methods = ("griffin", "griffin-all")
+    for variant in experiment.variants(methods, stages=(BOTH_STAGES,)):
         model = experiment.prepare(variant)
         full, active = caprese.weights_read(model)
         for n in (None,) if variant.name == "full" else (None, *PASSES):

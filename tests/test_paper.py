@@ -1,6 +1,7 @@
 """The scripts of paper/: python -m pytest tests/test_paper.py"""
 
 import ast
+import gzip
 import importlib
 import importlib.util
 import itertools
@@ -20,7 +21,8 @@ import caprese
 import data
 import distill
 import sample
-from paper import common, experiment, figure2_residual, figure3_coverage, figure8_spectrum, scores
+from paper import (common, experiment, figure2_residual, figure3_coverage, figure8_spectrum,
+                   recount, scores)
 from paper.__main__ import SCRIPTS
 from paper.experiment import BOTH_STAGES, BUNDLED_CATS_DENSITY, E2E, LAYERWISE, Experiment, Variant
 from paper.lora import LoRAFF
@@ -369,6 +371,37 @@ def test_a_real_model_without_samples_has_no_learned_rows(tmp_path):
     found = make(tmp_path, "--model", "x/y", "--data", file, load=False)
     assert [variant.name for variant in found.variants(("griffin",))] == ["full", "GRIFFIN"]
     assert found.sparse("griffin").density == 0.5
+
+
+# ---- answers that are kept
+
+def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recount, "FOLDER", tmp_path / "kept")
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    about = {"set": "sums", "run": 0, "problem": 0, "seconds": 1.0}
+    lines = [about | {"variant": "full", "question": "1 + 1", "answer": "2",
+                      "response": "It is #### 2", "tokens": 5, "accuracy": 0.0},
+             about | {"variant": "full", "question": "1 + 2", "answer": "3",
+                      "response": "It is #### 4", "tokens": 7, "accuracy": 1.0},
+             about | {"variant": "GRIFFIN", "question": "1 + 1", "answer": "2",
+                      "response": "1 1 1", "tokens": 9, "accuracy": 0.0}]
+    lines.append(lines[0] | {"run": 1})
+    write(runs / "sums.jsonl", lines)
+    news = about | {"set": "xsum", "variant": "full", "question": "An article", "answer": "News",
+                    "response": "News", "tokens": 1, "rouge1": 0.25}
+    write(runs / "news.jsonl", [news])
+    recount.collect(runs)
+    rows = recount.count(tmp_path / "kept" / "sums.jsonl.gz")
+    assert rows == [
+        {"variant": "GRIFFIN", "set": "sums", "answers": 1, "score %": 0.0, "±": 0.0, "tokens": 9},
+        {"variant": "full", "set": "sums", "answers": 2, "score %": 50.0, "±": 50 / 2 ** 0.5,
+         "tokens": 6}]
+    text = gzip.decompress((tmp_path / "kept" / "xsum.jsonl.gz").read_bytes()).decode()
+    assert "article" not in text and "row 1" in text
+    monkeypatch.setattr(sys, "argv", ["recount"])
+    recount.main()
+    assert "25.000" in capsys.readouterr().out
 
 
 # ---- the scripts

@@ -1,0 +1,133 @@
+"""models/: fine-tuning and its word problems. Run: python -m pytest tests/test_finetune.py"""
+
+import hashlib
+import importlib.util
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import data
+import sample
+from model import Transformer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "models" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    return load_script("finetune")
+
+
+@pytest.fixture(scope="module")
+def word_problems():
+    return load_script("word_problems")
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def run(script, monkeypatch, *flags):
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, flags)])
+    script.main()
+
+
+# ---- word problems
+
+def test_every_story_states_a_right_chain_of_thought(word_problems):
+    rng = random.Random(0)
+    for _ in range(500):
+        row = word_problems.make_story(rng)
+        result = None
+        for left, op, right, result in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", row["answer"]):
+            assert eval(f"{left} {op} {right}") == int(result) > 0
+        assert data.correct(row["answer"], result)
+        assert not re.search(r"[{}]", row["question"] + row["answer"])
+
+
+def test_no_held_out_problem_is_in_a_training_file(word_problems, tmp_path, monkeypatch):
+    files = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    run(word_problems, monkeypatch, "--out", files[0], "--stories", 30, "--running", 30)
+    run(word_problems, monkeypatch, "--out", files[1], "--running", 20, "--held-out")
+    train, held_out = (data.read_problems(file) for file in files)
+    assert len(train) == 60 and len(held_out) == 20
+    assert all(data.held_out(problem.question) for problem in held_out)
+    running = [p for p in train if "#### " in p.response.split("\n")[0]]
+    assert len(running) == 30 and not any(data.held_out(p.question) for p in running)
+
+
+# ---- fine-tuning
+
+@pytest.fixture
+def samples(tmp_path):
+    rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(8)]
+    return write(tmp_path / "train.jsonl", rows)
+
+
+def flags(samples, out):
+    return ["--model", sample.BUNDLED, "--dtype", "bfloat16", "--data", samples, "--device", "cpu",
+            "--out", out, "--batch-size", 3, "--micro-batch", 2, "--lr", 1e-3, "--save-every", 1]
+
+
+def test_the_folder_is_a_model_that_has_learned(finetune, samples, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "model"
+    run(finetune, monkeypatch, *flags(samples, out), "--epochs", 6)
+    report = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    content = (out / "model.safetensors").read_bytes()
+    assert report["sha256"] == hashlib.sha256(content).hexdigest()
+    tokenizer = data.Tokenizer(out)
+    question = data.ask(data.Problem("3 + 1?\n" + data.BOXED["maths"], "", "4"))
+    prompt = torch.tensor([tokenizer.prompt_ids(question)])
+    new = [tokenizer.encode("It is 4.\n\\boxed{4}") + [tokenizer.stop_ids[0]]]
+    tokens = torch.cat([prompt, torch.tensor(new)], dim=1)
+    losses = []
+    for folder in (sample.BUNDLED, out):
+        logits = Transformer.from_pretrained(folder, dtype=torch.float32)(tokens)[0, :-1]
+        loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="none")
+        losses.append(loss[prompt.shape[1] - 1:].mean())
+    assert losses[1] < 0.5 * losses[0]
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(finetune, samples, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(finetune, monkeypatch, *flags(samples, whole))
+    backward, calls = finetune.backward, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:  # in the second step
+            raise KeyboardInterrupt
+        return backward(*args)
+
+    monkeypatch.setattr(finetune, "backward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(finetune, monkeypatch, *flags(samples, parts))
+    with pytest.raises(ValueError, match="--resume"):
+        run(finetune, monkeypatch, *flags(samples, parts))
+    run(finetune, monkeypatch, *flags(samples, parts), "--resume")
+    assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+
+
+def test_evaluation_problems_are_left_out(finetune, samples, tmp_path, capsys):
+    exclude = write(tmp_path / "test.jsonl", [{"question": "3  +1 ?", "answer": "4"}])
+    args = SimpleNamespace(data=[samples], samples=None, exclude=[exclude], max_tokens=512)
+    tokenizer = data.Tokenizer(sample.BUNDLED)
+    found = finetune.read_samples(args, tokenizer)
+    assert len(found) == 7 and "3 + 1?" in capsys.readouterr().out
+    assert all(response[-1] == tokenizer.stop_ids[0] for _, response in found)
+    assert "\\boxed{1}" in tokenizer.decode(found[0][1])
