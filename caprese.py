@@ -143,7 +143,7 @@ class SparseFF(nn.Module):
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
         fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
         if not fits or not L.isfinite().all() or not R.isfinite().all():
-            raise ValueError(f"L and R must have the shapes [{D}, r] and [r, {D}] and finite values")
+            raise ValueError(f"L, R must have the shapes [{D}, r], [r, {D}] and finite values")
         self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous())
         self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous())
 

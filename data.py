@@ -224,8 +224,7 @@ def compile_template(template):
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
     env.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
     # {% generation %} ... {% endgeneration %} stands for its content, as {% with %} does.
-    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return env.from_string(template)
+    return env.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
 def ask(problem):
