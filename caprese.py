@@ -467,8 +467,8 @@ def padding_mask(attention_mask, start, count):
 # ---- counting parameters
 
 def correction_parameters(model):
-    """{"model.layers.0.mlp.L": parameter, ...} of the whole correction."""
-    return {f"model.layers.{i}.mlp.{name}": parameter for i, ff in sparse_layers(model).items()
+    """{"layer.name": parameter} of the whole correction."""
+    return {f"{i}.{name}": parameter for i, ff in sparse_layers(model).items()
             for name, parameter in ff.adapter_parameters().items()}
 
 
@@ -526,7 +526,8 @@ def save_adapter(model, file):
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("no sparse method is attached, so there is no adapter to save")
-    tensors = {name: p.float() for name, p in correction_parameters(model).items()}
+    tensors = {f"model.layers.{i}.mlp.{name}": parameter.float() for i, ff in layers.items()
+               for name, parameter in ff.adapter_parameters().items()}
     ff = next(iter(layers.values()))
     about = {"method": ff.method, "density": ff.density, "correction": ff.correction_name,
              "layers": list(layers), "model": fingerprint(model)}
