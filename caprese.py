@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -96,6 +98,7 @@ class Phase:
     mask = None  # bool [B, T]. prompt: the tokens to count (None: all). mixed: the generated ones.
     set_by_hand = False  # by `with phase(...)`; then the hooks on a transformers model do nothing
     hooks = ()
+    filled = None  # the KV cache of the last hooked call, as a weakref, and how much it held then
 
 
 class SparseFF(nn.Module):
@@ -140,8 +143,7 @@ class SparseFF(nn.Module):
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
         fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
         if not fits or not L.isfinite().all() or not R.isfinite().all():
-            raise ValueError(f"L {list(L.shape)} and R {list(R.shape)} must have the shapes "
-                             f"[{D}, rank] and [rank, {D}], and finite values")
+            raise ValueError(f"L, R must have the shapes [{D}, r], [r, {D}] and finite values")
         self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous())
         self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous())
 
@@ -182,8 +184,8 @@ class SparseFF(nn.Module):
         if self.statistic is None:
             self.statistic = self.prompt_statistic(gate, z, counted)
         elif self.method == "griffin":  # CATS' tau is that of the prefill alone
-            new = self.prompt_statistic(gate, z, counted)
-            self.statistic = torch.hypot(self.statistic, new)  # section 4.1.1: sqrt(s^2 + s_G^2)
+            # Section 4.1.1: sqrt(s^2 + s_G^2).
+            self.statistic = torch.hypot(self.statistic, self.prompt_statistic(gate, z, counted))
 
     def top_neurons(self, s):
         """The top-k neurons of s [B, F] -> [B, k], ascending as in memory."""
@@ -407,15 +409,12 @@ def watch_calls(model, shared):
     a prompt in chunks must not end in a chunk of one token, which would count as decoded.) What
     would use the full model under the sparse one's name raises ValueError.
     """
-    shared.cache, shared.length = None, 0  # of the last call, and how much it held after it
-
     def before(decoder, args, kwargs):
         if shared.set_by_hand:
             return
         cache = kwargs.get("past_key_values")
         if cache is None:
-            raise ValueError("a call without a KV cache has no prompt to select from; "
-                             "caprese.teacher_forced(model, tokens, prompt_lengths) scores a text")
+            raise ValueError("without a KV cache no prompt selects; see caprese.teacher_forced")
         if model.training:
             raise ValueError("the sparse model is for inference: call model.eval() first")
         tokens = kwargs.get("input_ids")
@@ -423,26 +422,24 @@ def watch_calls(model, shared):
         start, count = int(cache.get_seq_length()), tokens.shape[1]
         if start == 0:
             reset(model)
-        elif not shared.cache or shared.cache() is not cache or start != shared.length:
+        elif shared.filled != (weakref.ref(cache), start):
             raise ValueError("the sparse model must have filled this KV cache itself, from empty")
         elif count > 1 and next(iter(sparse_layers(model).values())).method == "cats":
             raise ValueError("CATS' tau needs the whole prompt in one call, not in chunks")
-        shared.cache, shared.length = weakref.ref(cache), start + count
+        shared.filled = weakref.ref(cache), start + count
         shared.name = "prompt" if start == 0 or count > 1 else "sparse"
         shared.mask = padding_mask(kwargs.get("attention_mask"), start, count)
 
     def after(decoder, args, output):
         if shared.set_by_hand:
             return
-        prompt = shared.name == "prompt"
-        shared.name, shared.mask = "full", None
-        if prompt and output is not None:  # None: the call has failed
+        if shared.name == "prompt" and output is not None:  # None: the call has failed
             select(model)
+        shared.name, shared.mask = "full", None
 
     def refuse_assisted(model, args, kwargs):
         if kwargs.get("logits_to_keep") not in (None, 0, 1) and not shared.set_by_hand:
-            raise ValueError("assisted generation would let the full model answer: it verifies "
-                             "several tokens at once, which here is a prompt")
+            raise ValueError("assisted generation is refused: here the full model would answer")
 
     shared.hooks = (model.register_forward_pre_hook(refuse_assisted, with_kwargs=True),
                     model.model.register_forward_pre_hook(before, with_kwargs=True),
@@ -456,8 +453,7 @@ def padding_mask(attention_mask, start, count):
     [B, 1, count, keys] of bools or of 0 and -inf, alone or in a dictionary by kinds of layers.
     """
     if isinstance(attention_mask, dict):
-        kinds = sorted(attention_mask)  # full_attention before sliding_attention
-        attention_mask = attention_mask[kinds[0]]
+        attention_mask = attention_mask[min(attention_mask)]  # full before sliding_attention
     if attention_mask is None:
         return None
     if attention_mask.dim() == 2:
@@ -472,10 +468,8 @@ def padding_mask(attention_mask, start, count):
 
 def correction_parameters(model):
     """{"layer.name": parameter} of the whole correction."""
-    found = {}
-    for i, ff in sparse_layers(model).items():
-        found |= {f"{i}.{name}": p for name, p in ff.adapter_parameters().items()}
-    return found
+    return {f"{i}.{name}": parameter for i, ff in sparse_layers(model).items()
+            for name, parameter in ff.adapter_parameters().items()}
 
 
 def added_parameters(model):
@@ -491,13 +485,9 @@ def active_parameters(model):
     """
     active = sum(p.numel() for p in model.parameters())
     for ff in sparse_layers(model).values():
-        selected = []
-        if ff.method == "griffin":
-            selected = ff.parameters()
-        if ff.method == "cats":
-            selected = [ff.up_proj.weight, ff.down_proj.weight]
+        selected = {"griffin": ff.parameters(), "cats": (ff.up_proj.weight, ff.down_proj.weight)}
         intermediate_size = ff.gate_proj.out_features
-        for p in selected:
+        for p in selected.get(ff.method, ()):
             if intermediate_size in p.shape:  # it has a part for each neuron
                 active -= p.numel() // intermediate_size * (intermediate_size - ff.num_kept)
     return active
@@ -521,12 +511,11 @@ def fingerprint(model):
 
     It is the same in float32 and in bfloat16.
     """
-    config = model.config
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
+    shape = " ".join(str(getattr(model.config, name)) for name in names)
     weights = torch.cat([model.model.norm.weight, model.model.embed_tokens.weight[:8].flatten()])
     raw = weights.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
-    text = (f"{config.hidden_size} {config.intermediate_size} {config.num_hidden_layers} "
-            f"{config.vocab_size}")
-    return hashlib.sha256(text.encode() + raw).hexdigest()[:16]
+    return hashlib.sha256(shape.encode() + raw).hexdigest()[:16]
 
 
 def save_adapter(model, file):
@@ -537,10 +526,9 @@ def save_adapter(model, file):
     layers = sparse_layers(model)
     if not layers:
         raise ValueError("no sparse method is attached, so there is no adapter to save")
-    tensors = {}
-    for i, ff in layers.items():
-        for name, parameter in ff.adapter_parameters().items():
-            tensors[f"model.layers.{i}.mlp.{name}"] = parameter.detach().float().cpu().contiguous()
+    tensors = {f"model.layers.{i}.mlp.{name}": parameter.float() for i, ff in layers.items()
+               for name, parameter in ff.adapter_parameters().items()}
+    ff = next(iter(layers.values()))
     about = {"method": ff.method, "density": ff.density, "correction": ff.correction_name,
              "layers": list(layers), "model": fingerprint(model)}
     save_tensors(tensors, file, about)
@@ -553,16 +541,15 @@ def load_adapter(model, file, density=None, block=SparseFF):
     file of another kind, or for a correction that does not fit this model.
     """
     tensors, about = read_adapter(file)
-    wanted = {"model": fingerprint(model), "correction": block.correction_name}
-    for key, value in wanted.items():
+    for key, value in {"model": fingerprint(model), "correction": block.correction_name}.items():
         if about.get(key) != value:
             raise ValueError(f"{file} was made for another {key}: {about.get(key)}, not {value}")
     try:
         density = about.get("density") if density is None else density
         attach(model, about.get("method"), density, about.get("layers") or [], 0, block)
         for i, ff in sparse_layers(model).items():
-            names = {name: f"model.layers.{i}.mlp.{name}" for name in ff.adapter_parameters()}
-            ff.set_adapter(**{name: tensors[key] for name, key in names.items()})
+            mlp = f"model.layers.{i}.mlp"
+            ff.set_adapter(**{name: tensors[f"{mlp}.{name}"] for name in ff.adapter_parameters()})
     except (ValueError, TypeError, KeyError) as error:
         detach(model)
         raise ValueError(f"{file} does not fit this model, or lacks a tensor: {error}") from None
@@ -584,8 +571,7 @@ def save_tensors(tensors, file, about):
 
     Raises OSError if that fails; the file that was there before is intact then.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = Path(f"{file}.tmp")
     try:  # one key, for the order of several varies
         save_file(tensors, temporary, metadata={"caprese": json.dumps(about)})
@@ -597,7 +583,6 @@ def save_tensors(tensors, file, about):
 
 def load_tensors(file):
     """({name: tensor}, the JSON description or None) of such a file; ValueError if unreadable."""
-    from safetensors import SafetensorError, safe_open
     try:
         with safe_open(str(file), framework="pt") as opened:
             about = json.loads((opened.metadata() or {}).get("caprese", "null"))

@@ -17,7 +17,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
 
@@ -35,8 +34,7 @@ class Problem:
 # ---- Generated problems. The bundled model learned exactly these: keep every call of rng in place
 
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
-THINGS = ("apples books coins cards shells stamps marbles pencils stickers buttons beads "
-          "cookies").split()
+THINGS = "apples books coins cards shells stamps marbles pencils stickers buttons beads cookies"
 FACTS = {  # what is told of a person: the question that asks for it, and the values
     "lives in {}": ("Where does {} live?", "Paris London Rome Cairo Oslo Lima Delhi Tokyo"),
     "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
@@ -80,7 +78,7 @@ def make_maths(rng, steps=None):
     One running number in 1..99 changes step by step. Some steps hand it on to another person.
     """
     steps = steps or rng.randint(2, 8)
-    who, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 50)
+    who, thing, value = rng.choice(NAMES), rng.choice(THINGS.split()), rng.randint(2, 50)
     story, chain = [f"{who} has {value} {thing}."], []
     for _ in range(steps):
         op, n = rng.choice(_moves(value, rng))
@@ -98,8 +96,7 @@ def make_maths(rng, steps=None):
 
 def _moves(value, rng):
     """One (op, n) for each operation that keeps the running number a whole one in 1..MAX_VALUE."""
-    limits = [("+", 1, min(40, MAX_VALUE - value)),
-              ("-", 1, min(40, value - 1)),
+    limits = [("+", 1, min(40, MAX_VALUE - value)), ("-", 1, min(40, value - 1)),
               ("*", 2, min(9, MAX_VALUE // value))]
     moves = [(op, rng.randint(low, high)) for op, low, high in limits if low <= high]
     divisors = [n for n in range(2, 10) if value % n == 0]
@@ -122,11 +119,9 @@ def make_passage(rng, people, facts):
         value = rng.choice(values.split())
         told[who].append(kind.format(value))
         questions.append((question.format(who), f"{who} {told[who][-1]}. #### {value}", value))
-    sentences = []
-    for who, (first, *others) in told.items():
-        text = ", ".join([first, *others[:-1]])
-        sentences.append(f"{who} {text} and {others[-1]}." if others else f"{who} {text}.")
-    return " ".join(sentences), questions
+    passage = " ".join(f"{who} {', '.join(told[who])}." for who in names)
+    passage = re.sub(r", ([^,.]*\.)", r" and \1", passage)  # for the last comma of a sentence
+    return passage, questions
 
 
 def make_reading(rng):
@@ -167,8 +162,8 @@ class Tokenizer:
             raise ValueError(f"{file} is not a readable tokenizer: {e}") from None
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
-        names = read_object(folder, "special_tokens_map.json")  # which older models have
-        names |= read_object(folder, "tokenizer_config.json")
+        # Older models have a special_tokens_map.json.
+        names = read_objects(folder, "special_tokens_map.json", "tokenizer_config.json")
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = names.get(name, "")
@@ -178,8 +173,7 @@ class Tokenizer:
             self.template = {t["name"]: t["template"] for t in self.template}.get("default")
         if (folder / "chat_template.jinja").exists():
             self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        config = read_object(folder, "config.json") | read_object(folder, "generation_config.json")
-        stop = config.get("eos_token_id", [])
+        stop = read_objects(folder, "config.json", "generation_config.json").get("eos_token_id", [])
         self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
     def prompt(self, question):
@@ -205,15 +199,16 @@ class Tokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def read_object(folder, name):
-    """The entries of a JSON file that are not null; none if there is no such file."""
-    try:
-        entries = json.loads((folder / name).read_text(encoding="utf-8")).items()
-    except FileNotFoundError:
-        return {}
-    except (ValueError, AttributeError) as e:  # AttributeError: valid JSON, but no object
-        raise ValueError(f"{folder / name} is not a JSON object: {e}") from None
-    return {key: value for key, value in entries if value is not None}
+def read_objects(folder, *names):
+    """The entries that are not null of those JSON files that exist; a later file's replace."""
+    found = {}
+    for file in [folder / name for name in names if (folder / name).exists()]:
+        try:
+            entries = json.loads(file.read_text(encoding="utf-8")).items()
+        except (ValueError, AttributeError) as e:  # AttributeError: valid JSON, but no object
+            raise ValueError(f"{file} is not a JSON object: {e}") from None
+        found |= {key: value for key, value in entries if value is not None}
+    return found
 
 
 @lru_cache(maxsize=4)
@@ -229,8 +224,7 @@ def compile_template(template):
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja2's own escapes HTML
     env.globals |= {"raise_exception": raise_exception, "strftime_now": time.strftime}
     # {% generation %} ... {% endgeneration %} stands for its content, as {% with %} does.
-    template = re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template)
-    return env.from_string(template)
+    return env.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
 def ask(problem):
@@ -282,11 +276,10 @@ def final_answer(text):
 
 def _braced(text):
     """What the brace at the start of a text encloses, "" if nothing closes it."""
-    depth = 0
-    for brace in re.finditer("[{}]", text):
-        depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
-            return text[1:brace.start()]
+    for brace in re.finditer("}", text):
+        inside = text[1:brace.start()]
+        if inside.count("{") == inside.count("}"):
+            return inside
     return ""
 
 
@@ -428,14 +421,13 @@ def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=Fals
     names the file and the row.
     """
     found = []
-    needed = "answer" if evaluation else "response"
     for number, row in read_rows(file):
         if len(found) == count:
             break
         try:
             problem = parse(json.loads(row) if isinstance(row, str) else row)
             (problem.question + problem.response).encode()  # ValueError for half a surrogate pair
-            for field in ("question", needed):
+            for field in ("question", "answer" if evaluation else "response"):
                 if not getattr(problem, field).strip():
                     raise ValueError(f"no {field}")
         except (ValueError, LookupError, TypeError, AttributeError) as e:
@@ -472,15 +464,13 @@ def pad(sequences, device="cpu"):
     """Lists of ids -> (tokens [B, T] int64, zeros on the right, and lengths [B] int64)."""
     lengths = torch.tensor([len(ids) for ids in sequences], device=device)
     tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
-    return pad_sequence(tensors, batch_first=True).to(device), lengths
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device), lengths
 
 
 def until_stop(ids, stop_ids):
     """The ids up to and including the first stop id."""
-    for i, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[:i + 1]
-    return ids
+    ends = [i + 1 for i, token in enumerate(ids) if token in stop_ids]
+    return ids[:ends[0]] if ends else ids
 
 
 def encode_samples(problems, tokenizer, max_tokens=2048):
@@ -491,9 +481,8 @@ def encode_samples(problems, tokenizer, max_tokens=2048):
     """
     samples = [(tokenizer.prompt_ids(ask(p)), tokenizer.encode(p.response)) for p in problems]
     short = [sample for sample in samples if sum(map(len, sample)) <= max_tokens]
-    dropped = len(samples) - len(short)
-    if dropped:
-        print(f"dropped {dropped} of {len(samples)} samples: too many tokens", file=sys.stderr)
+    if len(short) < len(samples):
+        print(f"too long: dropped {len(samples) - len(short)} of {len(samples)}", file=sys.stderr)
     if not short:
         raise ValueError(f"no sample has at most {max_tokens} tokens; raise --max-tokens")
     return short
