@@ -475,7 +475,7 @@ def arguments(argv=None):
     add("--e2e-epochs", type=int, help="0: no end-to-end stage")
     add("--e2e-batch-size", type=sample.positive)
     add("--micro-batch", type=sample.positive, default=16, help="samples at once (default: 16)")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="recompute, for memory")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="saves memory")
     add("--fsdp", action="store_true", help="under torchrun: shard the base over the devices")
     add("--save-every", type=sample.positive, default=20, help="steps (default: %(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run from --out's .state")
