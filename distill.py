@@ -33,9 +33,9 @@ from model import resolve
 # (RESULTS.md says what was measured), and what suits the bundled model.
 PAPER = {"samples": 20000, "rank": 256, "layerwise": "adam", "loss": "mse", "e2e_lr": 1e-4,
          "e2e_epochs": 3, "e2e_batch_size": 16}
-DEFAULTS = PAPER | {"layerwise": "sequential", "loss": "kl"}
+DEFAULTS = PAPER | {"layerwise": "sequential", "loss": "kl", "gradient_checkpointing": True}
 BUNDLED = DEFAULTS | {"samples": 6000, "rank": 40, "e2e_lr": 3e-3, "e2e_epochs": 1,
-                      "e2e_batch_size": 32}
+                      "e2e_batch_size": 32, "gradient_checkpointing": False}
 ADAM = {"lr": 1e-3, "epochs": 20, "batch_size": 128}  # the paper's layer-wise stage
 EVALUATION_SEED = 1234       # of the held-out problems
 UNEXPLAINED_SAMPLES = 256    # training samples that the table's column is measured on
@@ -69,16 +69,6 @@ def micro_batches(samples, indices, args, device):
         yield data.collate(samples, own or indices[:1], device, counted=bool(own))
 
 
-def start_processes(args):
-    """Join the other processes that torchrun started; rank 0 alone prints."""
-    if args.device.startswith("cuda"):
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
-    dist.init_process_group()  # gloo for tensors on a CPU, nccl on CUDA
-    if dist.get_rank() > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
 def shard(model, device):
     """Spread the weights of every layer over the devices (FSDP); the rest is whole on each.
 
@@ -100,18 +90,17 @@ class Progress:
 
     It is written to `file`, together with the stage's tensors, at the start of a stage and every so
     many steps. A resumed run continues from there, on a CPU to the same bits. Without a file
-    nothing is written. Raises ValueError or FileNotFoundError for a file that does not fit.
+    nothing is written. Raises ValueError for a file that does not fit.
     """
 
     def __init__(self, file=None, settings=None, resume=False):
         self.file, self.tensors = file, {}
         self.first, self.bar = 0, None  # of steps(): the step that it began with, its tqdm bar
         self.state = {"stage": None, "step": 0, "seconds": 0.0, "rows": [], "settings": settings}
-        exists = file and os.path.exists(file)
-        if exists and not resume:
-            raise ValueError(f"{file} is what an interrupted run left; add --resume, or delete it")
-        if resume and not exists:
-            raise FileNotFoundError(f"there is nothing to resume: {file} does not exist")
+        exists = bool(file) and os.path.exists(file)
+        if resume != exists:
+            wrong = "exists; add --resume or delete it" if exists else "is gone: nothing to resume"
+            raise ValueError(f"{file}, which an interrupted run leaves, {wrong}")
         if resume:
             self.tensors, self.state = caprese.load_tensors(file)
             saved = (self.state or {}).get("settings", {})
@@ -145,26 +134,27 @@ class Progress:
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError(f"{self.state['stage']} diverged; lower the learning rate")
         if self.file and process_group()[0] == 0:
-            on_host = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-            caprese.save_tensors(on_host, self.file, self.state)
+            caprese.save_tensors(tensors, self.file, self.state)
 
 
 # ---- layer-wise, streaming: inputs from the full model, one pass for all blocks
 
 @torch.no_grad()
-def run_layer(model, i, batch, x, phase="full"):
+def run_layer(model, i, batch, x, phase="full", with_residual=False):
     """Layer i on its input states x in a phase of the model.
 
-    Returns its output, and the input and the output of its FF, all [B, T, D].
+    Returns its output, and of its FF the input, the residual FF(x) - FF_sparse(x) if that is asked
+    for, else None, and the output, all [B, T, D].
     """
     seen = []
 
-    def hook(ff, ff_inputs, ff_output):
-        seen.extend([ff_inputs[0], ff_output])
+    def hook(ff, inputs, output):  # within the layer's call: there FSDP has its weights together
+        residual = ff.residual(inputs[0], batch.generated) if with_residual else None
+        seen.extend([inputs[0], residual, output])
 
     layer, inputs = model.model.layers[i], model.model.layer_inputs(batch.tokens)[i]
     with layer.mlp.register_forward_hook(hook), caprese.phase(model, phase, batch.generated):
-        output = layer(x, *inputs)
+        output = layer(x.to(model.device), *inputs)
     return output, *seen
 
 
@@ -175,21 +165,12 @@ def stream_residuals(model, batch):
     x are the inputs of the FF, residual is FF(x) - FF_sparse(x), output is FF(x), each [N, D] over
     the response tokens. Nothing is kept, and the pass ends after the last sparse layer.
     """
-    seen = []
-
-    def hook(ff, inputs, output):  # within the layer's call: there FSDP has its weights together
-        residual = ff.residual(inputs[0], batch.generated)
-        seen.append([t[batch.response] for t in (inputs[0], residual, output)])
-
     layers = caprese.sparse_layers(model)
-    x = model.model.embed(batch.tokens)
+    states = model.model.embed(batch.tokens)
     for i in range(max(layers, default=-1) + 1):
+        states, *seen = run_layer(model, i, batch, states, "full", i in layers)
         if i in layers:
-            with layers[i].register_forward_hook(hook):
-                x, _, _ = run_layer(model, i, batch, x)
-            yield layers[i], *seen.pop()
-        else:
-            x, _, _ = run_layer(model, i, batch, x)
+            yield layers[i], *[t[batch.response] for t in seen]
 
 
 def new_moments(model):
@@ -219,16 +200,16 @@ def closed_form(A, C, rank, eps=1e-6):
     return B @ V, V.T
 
 
-def fit(ff, A, C, rank):
-    """Set L and R of a sparse layer to the minimiser of (7), in place."""
+def fit(ff, A, C):
+    """Set L and R of a sparse layer to the minimiser of (7) of their rank, in place."""
     all_reduce(A, C)
-    L, R = closed_form(A, C, rank)
+    L, R = closed_form(A, C, len(ff.R))
     ff.L.copy_(L)
     ff.R.copy_(R)
 
 
 @torch.no_grad()
-def layerwise_closed(model, batches, rank, progress):
+def layerwise_closed(model, batches, progress):
     """Give every sparse layer the optimum of (7), in one pass of the full model."""
     moments = {ff: new_moments(model) for ff in caprese.sparse_layers(model).values()}
     for _ in progress.steps("layer-wise", 1, caprese.correction_parameters(model)):
@@ -236,7 +217,7 @@ def layerwise_closed(model, batches, rank, progress):
             for ff, x, residual, _ in stream_residuals(model, batch):
                 add_moments(*moments[ff], x, residual)  # e of (7) is the residual
         for ff, (A, C) in moments.items():
-            fit(ff, A, C, rank)
+            fit(ff, A, C)
 
 
 def squared_error(ff, x, residual):
@@ -273,7 +254,7 @@ def unexplained(model, samples, args):
 # ---- layer-wise, block by block: inputs from the sparse model as fitted so far (ours)
 
 @torch.no_grad()
-def layerwise_sequential(model, batches, rank, progress):
+def layerwise_sequential(model, batches, progress):
     """Fit block by block, each on the inputs that the fits before it make.
 
     The target is what takes the block's output to the full model's, so a fit mends what those
@@ -285,18 +266,10 @@ def layerwise_sequential(model, batches, rank, progress):
         ff.R.zero_()  # what is not fitted yet corrects nothing
     full = [model.model.embed(batch.tokens).cpu() for batch in batches]  # [B, T, D] each
     sparse = list(full)
-    last = max(layers)
-    for i in progress.steps("layer-wise", last + 1, caprese.correction_parameters(model)):
-        if i == progress.first:
-            for passed in range(i):
-                advance_states(model, passed, batches, full, "full")
-                advance_states(model, passed, batches, sparse, "mixed")
-        if i in layers:
-            fit_block(model, i, batches, full, sparse, rank)
-        else:
-            advance_states(model, i, batches, full, "full")
-        if i < last:
-            advance_states(model, i, batches, sparse, "mixed")
+    for i in progress.steps("layer-wise", max(layers) + 1, caprese.correction_parameters(model)):
+        for fitted in range(i if i == progress.first else 0):  # in a resumed run
+            fit_block(model, fitted, batches, full, sparse, learn=False)
+        fit_block(model, i, batches, full, sparse, learn=i in layers)
 
 
 def samples_that_fit(samples):
@@ -305,27 +278,25 @@ def samples_that_fit(samples):
     return samples[::math.ceil(tokens / MAX_WAITING_TOKENS)]
 
 
-def advance_states(model, i, batches, states, phase):
-    """Take the waiting states, a list of [B, T, D], through layer i in place."""
-    for j, batch in enumerate(batches):
-        output, _, _ = run_layer(model, i, batch, states[j].to(model.device), phase)
-        states[j] = output.cpu()
-
-
-def fit_block(model, i, batches, full, sparse, rank):
-    """Fit L and R of layer i to what the sparse block's output lacks, and advance the full states.
+def fit_block(model, i, batches, full, sparse, learn):
+    """Fit L and R of layer i to what the sparse block's output lacks, if it is to learn.
 
     That is the difference of the blocks' outputs, or of the FFs' outputs where a norm stands
-    between (Gemma 2).
+    between (Gemma 2). The full states are taken through layer i, in place, and the sparse states,
+    which need the fit before, through layer i - 1.
     """
     A, C = new_moments(model)
     for j, batch in enumerate(batches):
-        full_output, _, ff_full = run_layer(model, i, batch, full[j].to(model.device))
-        output, x, ff_output = run_layer(model, i, batch, sparse[j].to(model.device), "mixed")
-        e = ff_full - ff_output if model.config.post_norms else full_output - output
-        add_moments(A, C, x[batch.response], e[batch.response])
+        if i > 0:
+            sparse[j] = run_layer(model, i - 1, batch, sparse[j], "mixed")[0].cpu()
+        full_output, _, _, ff_full = run_layer(model, i, batch, full[j])
         full[j] = full_output.cpu()
-    fit(model.model.layers[i].mlp, A, C, rank)
+        if learn:
+            output, x, _, ff_output = run_layer(model, i, batch, sparse[j], "mixed")
+            e = ff_full - ff_output if model.config.post_norms else full_output - output
+            add_moments(A, C, x[batch.response], e[batch.response])
+    if learn:
+        fit(model.model.layers[i].mlp, A, C)
 
 
 # ---- end-to-end
@@ -351,10 +322,8 @@ def e2e_backward(model, batch, num_tokens, loss="mse"):
 
 def kl_divergence(model, student, teacher):
     """Sum over tokens of KL(full || sparse) in nats, from final embeddings [N, D] each."""
-    total = 0.0
-    for s, t in zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK)):
-        total = total + checkpoint(kl_of_chunk, model, s, t, use_reentrant=False)
-    return total
+    chunks = zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK))
+    return sum(checkpoint(kl_of_chunk, model, s, t, use_reentrant=False) for s, t in chunks)
 
 
 def kl_of_chunk(model, student, teacher):
@@ -421,7 +390,7 @@ def layerwise(model, samples, args, progress=None):
     by_length = data.batch_indices(samples, len(samples))[0]
     batches = list(micro_batches(samples, by_length, args, model.device))
     fit_layers = layerwise_sequential if args.layerwise == "sequential" else layerwise_closed
-    fit_layers(model, batches, args.rank, progress)
+    fit_layers(model, batches, progress)
 
 
 def end_to_end(model, samples, args, progress=None):
@@ -505,10 +474,8 @@ def arguments(argv=None):
     add("--e2e-lr", type=float)
     add("--e2e-epochs", type=int, help="0: no end-to-end stage")
     add("--e2e-batch-size", type=sample.positive)
-    add("--micro-batch", type=sample.positive, default=16,
-        help="samples that pass through the model at once (default: %(default)s)")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        help="recompute activations, for memory (default: yes; bundled model: no)")
+    add("--micro-batch", type=sample.positive, default=16, help="samples at once (default: 16)")
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, help="saves memory")
     add("--fsdp", action="store_true", help="under torchrun: shard the base over the devices")
     add("--save-every", type=sample.positive, default=20, help="steps (default: %(default)s)")
     add("--resume", action="store_true", help="continue an interrupted run from --out's .state")
@@ -516,15 +483,9 @@ def arguments(argv=None):
     args = parser.parse_args(argv)
     recipe = DEFAULTS if args.model else BUNDLED
     if args.paper:  # the bundled model has no room for a rank of 256
-        recipe = PAPER if args.model else PAPER | {"rank": BUNDLED["rank"]}
-    parser.set_defaults(**recipe, gradient_checkpointing=bool(args.model))
+        recipe = recipe | PAPER | {"rank": recipe["rank"]}
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    check_arguments(args)
-    return args
-
-
-def check_arguments(args):
-    """ValueError, in one line, for flags that cannot be served."""
     if args.fsdp and ("WORLD_SIZE" not in os.environ or args.method == "int4"):
         raise ValueError("--fsdp needs torchrun --nproc_per_node=N, and a method other than int4")
     if bool(args.model) != bool(args.data):
@@ -535,6 +496,7 @@ def check_arguments(args):
         raise ValueError("two --eval-data files have one name, as columns; rename one")
     if not Path(args.out).absolute().parent.is_dir():
         raise ValueError(f"the folder of --out {args.out} does not exist")
+    return args
 
 
 def describe(args, samples):
@@ -562,9 +524,9 @@ def distill(args):
     settings = {key: value for key, value in vars(args).items() if key not in may_differ}
     progress = Progress(f"{args.out}.state", settings, args.resume)
     tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
-    samples, unseen = training_samples(args, tokenizer), {}
-    for file in args.eval_data:
-        unseen[Path(file).stem] = read_samples(file, args.eval_samples, args, tokenizer)
+    samples = training_samples(args, tokenizer)
+    unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
+              for file in args.eval_data}
     print(describe(args, samples), file=out)
     model, _ = sample.load(args, "cpu" if args.fsdp else args.device)
     if args.fsdp:
@@ -593,9 +555,8 @@ def distill(args):
     if args.e2e_epochs > 0:
         end_to_end(model, samples, args, progress)
         record("+ E2E")
-    command = ["python", "sample.py", "--adapter", args.out]
-    if args.model:
-        command += ["--model", args.model, "your question"]
+    question = ["--model", args.model, "your question"] if args.model else []
+    command = ["python", "sample.py", "--adapter", args.out, *question]
     if process_group()[0] == 0:
         caprese.save_adapter(model, args.out)
         Path(progress.file).unlink(missing_ok=True)
@@ -605,24 +566,32 @@ def distill(args):
         print(json.dumps({"rows": rows, "adapter": args.out}))
 
 
+def distill_together(args):
+    """distill() in one of the processes that torchrun started; rank 0 alone prints."""
+    try:
+        if args.device.startswith("cuda"):
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+        dist.init_process_group()  # gloo for tensors on a CPU, nccl on CUDA
+        if dist.get_rank() > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        distill(args)
+        dist.destroy_process_group()
+    except Exception as error:
+        print(f"error in rank {os.environ['RANK']}: {type(error).__name__}: {error}",
+              file=sys.__stderr__, flush=True)
+        os._exit(2)  # at once: the others may wait for this process, and torchrun then ends them
+
+
 def main():
     args = arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    run = distill_together if "WORLD_SIZE" in os.environ else distill
     try:
-        if "WORLD_SIZE" in os.environ:
-            start_processes(args)
-        distill(args)
+        run(args)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("(--resume goes on from the last checkpoint, if any)") from None
-    except Exception as error:
-        if "WORLD_SIZE" not in os.environ:
-            raise
-        print(f"error in rank {os.environ['RANK']}: {type(error).__name__}: {error}",
-              file=sys.__stderr__, flush=True)
-        os._exit(2)  # at once: the others may wait for this process, and torchrun then ends them
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

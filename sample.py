@@ -226,12 +226,9 @@ def reorder(model, step, rows):
     return step.reorder(rows)
 
 
-def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None,
-             stop_ids=(), **settings):
-    """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
-    steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids,
-                   **settings)
-    return torch.stack(list(steps), dim=1)
+def generate(model, tokens, max_new_tokens, *args, **settings):
+    """All of stream() at once, which takes the same: [B * samples, <= max_new_tokens] int64."""
+    return torch.stack(list(stream(model, tokens, max_new_tokens, *args, **settings)), dim=1)
 
 
 # ---- many questions
@@ -536,15 +533,14 @@ def cut_last_block(file):
     A file that does not exist is made, and that is block 0. ValueError, and the file stays as it
     is, if it is no training set: there each line begins with the number of its block.
     """
-    with open(file, "a+b") as opened:
-        opened.seek(0)
-        text = opened.read()
-        if text and not re.match(rb'{"block": \d+, "question": ', text):
-            raise ValueError(f"{file} is no training set of sample.py; give another --out")
-        blocks = re.findall(rb'^{"block": (\d+), ', text, re.MULTILINE) or [b"0"]
-        complete = text.partition(b'{"block": %s, ' % blocks[-1])[0]
-        opened.truncate(len(complete))
-    return int(blocks[-1])
+    Path(file).touch()
+    text = Path(file).read_bytes()
+    if text and not re.match(rb'{"block": \d+, "question": ', text):
+        raise ValueError(f"{file} is no training set of sample.py; give another --out")
+    blocks = re.findall(rb'^{"block": (\d+), ', text, re.MULTILINE)
+    last = max(map(int, blocks), default=0)
+    os.truncate(file, len(text.partition(b'{"block": %d, ' % last)[0]))
+    return last
 
 
 def arguments():
