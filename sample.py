@@ -226,9 +226,12 @@ def reorder(model, step, rows):
     return step.reorder(rows)
 
 
-def generate(model, tokens, max_new_tokens, *args, **settings):
-    """All of stream() at once, which takes the same: [B * samples, <= max_new_tokens] int64."""
-    return torch.stack(list(stream(model, tokens, max_new_tokens, *args, **settings)), dim=1)
+def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=None,
+             stop_ids=(), **settings):
+    """All of stream() at once: new tokens [B * samples, <= max_new_tokens] int64."""
+    steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids,
+                   **settings)
+    return torch.stack(list(steps), dim=1)
 
 
 # ---- many questions

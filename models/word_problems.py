@@ -17,8 +17,8 @@ import data  # noqa: E402
 import sample  # noqa: E402
 
 NAMES = data.NAMES + "Olivia Haley Paul Nancy Robin Wendy Henry Gwen Kaleb Faye".split()
-THINGS = data.THINGS + ("flowers balloons tickets pictures eggs muffins toys oranges "
-                        "songs games bottles cups chairs").split()
+THINGS = (data.THINGS + " flowers balloons tickets pictures eggs muffins toys oranges songs games "
+          "bottles cups chairs").split()
 PLACES = "boxes bags baskets shelves rows groups jars tables albums teams".split()
 # A story with its question, then the steps: what is said, and what is computed from a, b, c and
 # from the results x and y of the steps before.
