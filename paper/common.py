@@ -1,7 +1,8 @@
 """How every script of this folder runs: command line, checks, table, picture.
 
 A script is a module that has
-    NEEDS                 of this: "model", "problems", "graded", "samples", "corrections"
+    NEEDS                 of this: "model", "problems", "graded", "samples", "corrections",
+                          "transformers"
     PAPER                 {title: rows}, the paper's numbers, if it prints any
     QUICK, FULL           settings of its own, without and with --full, if it has any
     measure(experiment)   returns the rows of the table, dictionaries of equal keys
@@ -153,6 +154,8 @@ def fill_defaults(args, script):
 def missing_flag(args, needs):
     """What to give so that a script with these NEEDS can run; None if nothing is missing."""
     trainable = args.train or not args.model
+    if "transformers" in needs and not importlib.util.find_spec("transformers"):
+        return "this needs transformers: pip install transformers"
     if {"problems", "graded"} & set(needs) and args.model and not args.data:
         return "--model needs problems to answer: give --data FILE"
     if "samples" in needs and not trainable:

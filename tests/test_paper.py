@@ -408,16 +408,17 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
 
 def test_the_scripts_are_named_as_the_paper_names_them():
     names = {file.stem for file in (ROOT / "paper").glob("*.py")}
-    shown = {name for name in names if name.startswith(("table", "figure", "time", "loss"))}
-    assert shown == set(SCRIPTS) and len(SCRIPTS) == 13
+    shown = {name for name in names if name.startswith(("table", "figure", "time", "loss", "in_"))}
+    assert shown == set(SCRIPTS) and len(SCRIPTS) == 14
     for name in SCRIPTS:
         script = importlib.import_module(f"paper.{name}")
         title = script.__doc__.split(":")[0]  # Figures 4 and 7
-        kind, number = re.match(r"(table|figure|time|loss)(\d*)", name).groups()
-        ours = kind in ("time", "loss")
+        kind, number = re.match(r"(table|figure|time|loss|in_)(\d*)", name).groups()
+        ours = kind in ("time", "loss", "in_")
         assert title == "Ours" if ours else title.lower().startswith(kind)
         assert number in re.findall(r"\d+", title) or ours
-        assert set(script.NEEDS) <= {"problems", "graded", "samples", "corrections"}
+        assert set(script.NEEDS) <= {"problems", "graded", "samples", "corrections",
+                                      "transformers"}
         assert callable(script.measure) and callable(script.draw)
         source = (ROOT / "paper" / f"{name}.py").read_text()
         assert f'common.main("{name}")' in source
@@ -446,6 +447,7 @@ COLUMNS = {  # columns that a script must have
     "figure5_density": {"density", "rank", "accuracy %"},
     "figure8_spectrum": {"layer", "ranks for 90%", "unexplained"},
     "time_to_right_answer": {"seconds", "seconds to a right answer"},
+    "in_transformers": {"transformers accuracy %", "equal answers %", "ms per token"},
     "lossless": {"n", "equal %", "acceptance", "bytes_to_full", "ms per token"},
 }
 
@@ -453,6 +455,8 @@ COLUMNS = {  # columns that a script must have
 @pytest.mark.parametrize("name", COLUMNS)
 def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch, capsys):
     script = importlib.import_module(f"paper.{name}")
+    if "transformers" in script.NEEDS:
+        pytest.importorskip("transformers")
     for constant, fewer in (("DENSITIES", (0.3, 0.6)), ("BUNDLED_RHO", (4,)), ("PASSES", (3,)),
                             ("METHODS", {"oracle top-k": "topk", "GRIFFIN": "griffin"})):
         if name != "table1_accuracy" and hasattr(script, constant):
