@@ -207,7 +207,8 @@ def measure(model, rows, args, peer=None):
                 caprese.detach(each)
                 if rows[name]:
                     caprese.attach(each, **rows[name])
-            reselect = args.reselect if rows[name] else None
+            # transformers' own loop does not reselect.
+            reselect = args.reselect if rows[name] and not name.startswith(PEER) else None
             # The first run warms up. On a GPU it records the graphs, so it takes as many tokens.
             for tokens in (n if prompt.is_cuda else min(n, 3), n):
                 if name.startswith(PEER):

@@ -78,8 +78,7 @@ class Config:
             if bad_number or not isinstance(value, field.type):
                 raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, "
-                             "and head_dim be even")
+            raise ValueError("num_key_value_heads does not divide the heads, or head_dim is odd")
 
     @classmethod
     def from_dict(cls, raw, source="config.json"):

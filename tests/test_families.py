@@ -119,7 +119,7 @@ def refused(change, name="llama-tied"):
     ({"vocab_size": "72"}, "vocab_size is '72'"),
     ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
     ({"num_hidden_layers": "two"}, "cannot be used"),
-    ({"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads does not divide"),
     ({"rope_scaling": "linear"}, "rope_scaling is 'linear'"),
     ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
     ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
