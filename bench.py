@@ -36,21 +36,20 @@ TABLES = {  # title: columns, beside the row's name and its number of generated 
 
 # ---- the models
 
-SIZES = ("model_type", "vocab_size", "max_position_embeddings", "tie_word_embeddings",
-         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-         "num_key_value_heads")
+SIZES = ("model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
+         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
 # config.json, as far as sizes go, of the paper's models and of a small one.
 SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
-    ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, False, 1536, 8960, 28, 12, 2),
-    ("r1-distill-qwen-7b", "qwen2", 152064, 131072, False, 3584, 18944, 28, 28, 4),
-    ("r1-distill-qwen-14b", "qwen2", 152064, 131072, False, 5120, 13824, 48, 40, 8),
-    ("qwen2.5-14b", "qwen2", 152064, 32768, False, 5120, 13824, 48, 40, 8),
-    ("llama-3.2-1b", "llama", 128256, 131072, True, 2048, 8192, 16, 32, 8),
-    ("llama-3.2-3b", "llama", 128256, 131072, True, 3072, 8192, 28, 24, 8),
-    ("llama-3.1-8b", "llama", 128256, 131072, False, 4096, 14336, 32, 32, 8),
-    ("gemma-2-2b", "gemma2", 256000, 8192, True, 2304, 9216, 26, 8, 4),
-    ("gemma-2-9b", "gemma2", 256000, 8192, True, 3584, 14336, 42, 16, 8),
-    ("smollm2-135m", "llama", 49152, 8192, True, 576, 1536, 30, 9, 3),
+    ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, False),
+    ("r1-distill-qwen-7b", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
+    ("r1-distill-qwen-14b", "qwen2", 152064, 131072, 5120, 13824, 48, 40, 8, False),
+    ("qwen2.5-14b", "qwen2", 152064, 32768, 5120, 13824, 48, 40, 8, False),
+    ("llama-3.2-1b", "llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
+    ("llama-3.2-3b", "llama", 128256, 131072, 3072, 8192, 28, 24, 8, True),
+    ("llama-3.1-8b", "llama", 128256, 131072, 4096, 14336, 32, 32, 8, False),
+    ("gemma-2-2b", "gemma2", 256000, 8192, 2304, 9216, 26, 8, 4, True),
+    ("gemma-2-9b", "gemma2", 256000, 8192, 3584, 14336, 42, 16, 8, True),
+    ("smollm2-135m", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
 )}
 DEFAULT_SHAPE = "llama-3.2-1b"
 

@@ -93,13 +93,12 @@ class Config:
                     raise ValueError(f"{key} is not implemented")
             given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
             raw = defaults | given | fixed
-            heads = raw["num_attention_heads"]
             # Gemma 2's code ignores hidden_act, which its first config files carry as well.
             act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
             dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
             raw |= rope_fields(raw) | {
-                "num_key_value_heads": raw.get("num_key_value_heads", heads),
-                "head_dim": raw.get("head_dim", raw["hidden_size"] // heads),
+                "num_key_value_heads": raw.get("num_key_value_heads", raw["num_attention_heads"]),
+                "head_dim": raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
                 "o_bias": raw.get("o_bias", raw.get("attention_bias", False)),
                 "windows": layer_windows(raw), "hidden_act": one_of("hidden_act", act, ACTIVATIONS),
                 "dtype": DTYPES[one_of("dtype", dtype, DTYPES)]}
