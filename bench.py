@@ -14,7 +14,8 @@ import importlib.util
 import json
 import statistics
 import sys
-import time
+import timeit
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -35,30 +36,21 @@ TABLES = {  # title: columns, beside the row's name and its number of generated 
 
 # ---- the models
 
-def sizes(family, hidden_size, intermediate_size, layers, heads, key_value_heads):
-    """A family's config.json with these sizes filled in."""
-    return family | {"hidden_size": hidden_size, "intermediate_size": intermediate_size,
-                     "num_hidden_layers": layers, "num_attention_heads": heads,
-                     "num_key_value_heads": key_value_heads}
-
-
-QWEN = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
-LLAMA = {"model_type": "llama", "vocab_size": 128256, "max_position_embeddings": 131072}
-TIED_LLAMA = LLAMA | {"tie_word_embeddings": True}
-GEMMA = {"model_type": "gemma2", "vocab_size": 256000, "max_position_embeddings": 8192}
-SMOLLM = TIED_LLAMA | {"vocab_size": 49152, "max_position_embeddings": 8192}
-SHAPES = {  # config.json, as far as sizes go, of the paper's models and of a small one
-    "r1-distill-qwen-1.5b": sizes(QWEN | {"vocab_size": 151936}, 1536, 8960, 28, 12, 2),
-    "r1-distill-qwen-7b": sizes(QWEN, 3584, 18944, 28, 28, 4),
-    "r1-distill-qwen-14b": sizes(QWEN, 5120, 13824, 48, 40, 8),
-    "qwen2.5-14b": sizes(QWEN | {"max_position_embeddings": 32768}, 5120, 13824, 48, 40, 8),
-    "llama-3.2-1b": sizes(TIED_LLAMA, 2048, 8192, 16, 32, 8),
-    "llama-3.2-3b": sizes(TIED_LLAMA, 3072, 8192, 28, 24, 8),
-    "llama-3.1-8b": sizes(LLAMA, 4096, 14336, 32, 32, 8),
-    "gemma-2-2b": sizes(GEMMA, 2304, 9216, 26, 8, 4),
-    "gemma-2-9b": sizes(GEMMA, 3584, 14336, 42, 16, 8),
-    "smollm2-135m": sizes(SMOLLM, 576, 1536, 30, 9, 3),
-}
+SIZES = ("model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
+         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+# config.json, as far as sizes go, of the paper's models and of a small one.
+SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
+    ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, False),
+    ("r1-distill-qwen-7b", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
+    ("r1-distill-qwen-14b", "qwen2", 152064, 131072, 5120, 13824, 48, 40, 8, False),
+    ("qwen2.5-14b", "qwen2", 152064, 32768, 5120, 13824, 48, 40, 8, False),
+    ("llama-3.2-1b", "llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
+    ("llama-3.2-3b", "llama", 128256, 131072, 3072, 8192, 28, 24, 8, True),
+    ("llama-3.1-8b", "llama", 128256, 131072, 4096, 14336, 32, 32, 8, False),
+    ("gemma-2-2b", "gemma2", 256000, 8192, 2304, 9216, 26, 8, 4, True),
+    ("gemma-2-9b", "gemma2", 256000, 8192, 3584, 14336, 42, 16, 8, True),
+    ("smollm2-135m", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
+)}
 DEFAULT_SHAPE = "llama-3.2-1b"
 
 
@@ -117,13 +109,12 @@ def account(model, prompt_length, generated, reselect=None):
     cache_read = sum(position * min(filled, window or filled) for window in config.windows)
     steps = generated - 1  # the first token comes from the prefill
     passes = steps // reselect if reselect else 0
-    full_bytes = full * itemsize + cache_read
-    sparse_bytes = active * itemsize + cache_read
-    read = (sparse_bytes * (steps - passes) + full_bytes * passes) / steps
+    weights_read = full * passes / steps + active * (1 - passes / steps)
+    read = weights_read * itemsize + cache_read
     weights = sum(p.nbytes for p in model.parameters())
     copies = sum(b.nbytes for b in model.buffers())  # the gathered neurons
     cache = position * config.num_hidden_layers * (prompt_length + generated)
-    return {"MB per token": read / 1e6, "ratio bytes allow": read / full_bytes,
+    return {"MB per token": read / 1e6, "ratio bytes allow": read / (full * itemsize + cache_read),
             "weights MB": weights / 1e6, "copies MB": copies / 1e6, "cache MB": cache / 1e6}
 
 
@@ -133,13 +124,9 @@ def memory_speed(device, size=1 << 29):
     On a GPU it is that of a copy, read and write together.
     """
     block = torch.ones(size // 4, device=device)
-    copy = torch.empty_like(block) if device.type == "cuda" else None
-    seconds = []
-    for _ in range(7):
-        start = clock(device)
-        block.sum() if copy is None else copy.copy_(block)
-        seconds.append(clock(device) - start)
-    return (size if copy is None else 2 * size) / min(seconds)
+    if device.type == "cuda":
+        return 2 * size / min(seconds(device, block.clone, 7))
+    return size / min(seconds(device, block.sum, 7))
 
 
 # ---- the measurement
@@ -148,7 +135,12 @@ def clock(device):
     """Seconds; on a GPU, once all that was asked of it is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return timeit.default_timer()
+
+
+def seconds(device, operation, repeats):
+    """How long operation() takes, each of so many times."""
+    return timeit.repeat(operation, timer=partial(clock, device), repeat=repeats, number=1)
 
 
 def time_model(model, prompt, generated, reselect):
@@ -177,17 +169,16 @@ def variants(args):
     Raises ValueError if the flags do not fit this model.
     """
     config = Config.from_dict(args.config)
-    limit, total = config.max_position_embeddings, args.prompt + max(*args.generate, *PASSES)
-    if total > limit:
-        raise ValueError(f"{total} tokens are asked for, but the model's context ends at {limit}")
-    griffin = {"method": "griffin", "density": args.density}
-    methods = {"GRIFFIN": griffin, "CATS": griffin | {"method": "cats"},
-               "GRIFFIN all layers": griffin | {"layers": range(config.num_hidden_layers)}}
+    total = args.prompt + max(*args.generate, *PASSES)
+    if total > config.max_position_embeddings:
+        raise ValueError(f"{total} tokens exceed the context of {config.max_position_embeddings}")
+    methods = {"GRIFFIN": ("griffin", None), "CATS": ("cats", None),
+               "GRIFFIN all layers": ("griffin", range(config.num_hidden_layers))}
     rank = args.rank or min(256, config.hidden_size // 8)
     rows = {"full": None}
-    for name, settings in methods.items():
-        rows[name] = settings
-        rows[f"{name} + Caprese"] = settings | {"rank": rank}
+    for name, (method, layers) in methods.items():
+        rows[name] = {"method": method, "density": args.density, "layers": layers}
+        rows[f"{name} + Caprese"] = rows[name] | {"rank": rank}
     with torch.device("meta"):  # without memory: bad numbers end here
         caprese.attach(Transformer(config), **rows["CATS + Caprese"])
     if not set(args.only or []) <= set(rows):
@@ -205,9 +196,8 @@ def measure(model, rows, args, peer=None):
     models = [model, peer] if peer else [model]
     if peer:
         rows = rows | {PEER: None}
-        corrected = rows.get("GRIFFIN + Caprese")
-        if corrected:
-            rows[f"{PEER}, GRIFFIN + Caprese"] = corrected
+        if "GRIFFIN + Caprese" in rows:
+            rows[f"{PEER}, GRIFFIN + Caprese"] = rows["GRIFFIN + Caprese"]
     rounds = {(name, n): [] for n in args.generate for name in rows}
     for _ in tqdm(range(args.repeats), desc="rounds", leave=False, disable=None):
         speed = memory_speed(model.device)
@@ -216,7 +206,8 @@ def measure(model, rows, args, peer=None):
                 caprese.detach(each)
                 if rows[name]:
                     caprese.attach(each, **rows[name])
-            reselect = args.reselect if rows[name] else None
+            # transformers' own loop does not reselect.
+            reselect = args.reselect if rows[name] and not name.startswith(PEER) else None
             # The first run warms up. On a GPU it records the graphs, so it takes as many tokens.
             for tokens in (n if prompt.is_cuda else min(n, 3), n):
                 if name.startswith(PEER):
@@ -232,27 +223,30 @@ def measure(model, rows, args, peer=None):
 
 
 def median_ratio(rounds, others):
-    """Of the times per token, within each round: noise that lasts is in both."""
-    pairs = zip(rounds, others)
-    return statistics.median(one["ms per token"] / other["ms per token"] for one, other in pairs)
+    """Of the times per token, within each round: noise that lasts is in both. Or None."""
+    ratios = [one["ms per token"] / other["ms per token"] for one, other in zip(rounds, others)]
+    return statistics.median(ratios) if ratios else None
 
 
 def result(name, n, rounds):
     """One row of the tables: medians of its rounds, and what follows from them."""
-    own, full = rounds[name, n], rounds.get(("full", n))
+    own = rounds[name, n]
     row = {column: statistics.median(one[column] for one in own) for column in own[0]}
-    row |= {"row": name, "generated": n, "ratio to full": None, "saving reached": None,
-            "ratio to uncorrected": None}
+    row |= {"row": name, "generated": n, "saving reached": None}
     row["bound ms"] = row["MB per token"] / row["memory GB/s"]  # 1e6 / 1e9 s
     row["bandwidth reached"] = row["bound ms"] / row["ms per token"]
-    if full:
-        row["ratio to full"] = median_ratio(own, full)
-    if full and row["ratio bytes allow"] < 1:
+    row["ratio to full"] = median_ratio(own, rounds.get(("full", n), ()))
+    if row["ratio to full"] and row["ratio bytes allow"] < 1:
         row["saving reached"] = (1 - row["ratio to full"]) / (1 - row["ratio bytes allow"])
-    method, plus, _ = name.partition(" + ")
-    if plus and (method, n) in rounds:
-        row["ratio to uncorrected"] = median_ratio(own, rounds[method, n])
+    uncorrected = name.rpartition(" + ")[0]  # empty if this is no corrected row
+    row["ratio to uncorrected"] = median_ratio(own, rounds.get((uncorrected, n), ()))
     return row
+
+
+def verify(model, step, tokens):
+    """A pass of the full model over tokens [1, n]; the cache is then as before."""
+    model.logits(sample.count_and_select(model, step, tokens))
+    step.cache.advance(-tokens.shape[1])
 
 
 def time_passes(model, rows, results, args):
@@ -262,22 +256,17 @@ def time_passes(model, rows, results, args):
     `results`. If each is accepted with probability a, the pass yields (1 - a^n) / (1 - a) tokens.
     """
     steps = {row["row"]: row["ms per token"] for row in results}
-    length = args.prompt + max(PASSES)
-    tokens = torch.randint(model.config.vocab_size, (1, length), device=model.device)
-    prompt, new = tokens[:, :args.prompt], tokens[:, args.prompt:]
+    shape = (1, args.prompt + max(PASSES))
+    tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
     table = []
     for name in [name for name in rows if name.startswith("GRIFFIN")]:
         caprese.attach(model, **rows[name])
-        step, _ = sample.prefill(model, prompt, max(PASSES))
+        step, _ = sample.prefill(model, tokens[:, :args.prompt], max(PASSES))
         for n in PASSES:
-            seconds = []
-            for _ in range(args.repeats + 1):  # the first one warms up
-                start = clock(model.device)
-                model.logits(sample.count_and_select(model, step, new[:, :n]))
-                seconds.append(clock(model.device) - start)
-                step.cache.advance(-n)
+            operation = partial(verify, model, step, tokens[:, args.prompt:args.prompt + n])
+            times = seconds(model.device, operation, args.repeats + 1)[1:]  # the first warms up
             row = {"row": name, "n": n, "ms per draft step": steps[name],
-                   "ms per pass": 1e3 * statistics.median(seconds[1:])}
+                   "ms per pass": 1e3 * statistics.median(times)}
             total = row["ms per pass"] + (n - 1) * steps[name]
             for acceptance in ACCEPTANCES:
                 yielded = sum(acceptance ** i for i in range(n))  # (1 - a^n) / (1 - a)

@@ -17,27 +17,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# What each family's own code assumes: of keys that config.json leaves out, and of what no key says.
+# What each family's own code assumes: of keys that config.json leaves out, and whatever it says.
 FAMILIES = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096, "use_sliding_window": True,
-                "max_window_layers": 0, "qkv_bias": False, "o_bias": False},
-    "qwen2": {"num_key_value_heads": 32, "qkv_bias": True, "o_bias": False},
-    "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "qk_norm": True},
-    "gemma2": {"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
-               "use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
-               "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
-               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-               "hidden_activation": "gelu_pytorch_tanh", "scale_embeddings": True,
-               "norm_plus_one": True, "post_norms": True},
+    "llama": ({}, {"use_sliding_window": False}),
+    "mistral": ({"num_key_value_heads": 8, "sliding_window": 4096},
+                {"attention_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
+    "qwen2": ({"num_key_value_heads": 32}, {"attention_bias": True, "o_bias": False}),
+    "qwen3": ({"head_dim": 128, "num_key_value_heads": 32}, {"qk_norm": True}),
+    "gemma2": ({"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
+                "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+                "hidden_activation": "gelu_pytorch_tanh"},
+               {"use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
+                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True}),
 }
-# For these keys null is a value of its own: no window, no cap, as many as there are heads.
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-            "num_key_value_heads")
+# For these keys null is a value of its own: no window, no cap. For all others it means absent.
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPO_FILES = ["config.json", "generation_config.json", "model*.safetensors", "tokenizer.json",
-              "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+REPO_FILES = ["*config.json", "model*.safetensors", "tokenizer.json", "special_tokens*", "*.jinja"]
 
 
 # ---- config.json
@@ -62,27 +60,25 @@ class Config:
     rope_scaling: dict | None = None
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
-    qkv_bias: bool = False
+    attention_bias: bool = False    # of q, k and v
     o_bias: bool = False
     qk_norm: bool = False           # Qwen 3: RMSNorm on each head's query and key
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(D)
     norm_plus_one: bool = False     # Gemma: the norm's weight is stored minus one
     post_norms: bool = False        # Gemma 2: a norm after attention and after the MLP as well
-    query_pre_attn_scalar: float | None = None  # attention scale is this (or d) to the power -1/2
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    query_pre_attn_scalar: float | int | None = None  # attention scale: this (or d) to the -1/2
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
     dtype: torch.dtype = torch.float32  # of the checkpoint
 
     def __post_init__(self):
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type in (int, float, float | None) and value is not None:
-                kinds = (int,) if field.type is int else (int, float)
-                if type(value) not in kinds or not 0 < value < math.inf:
-                    raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
+            bad_number = type(value) in (int, float) and not 0 < value < math.inf
+            if bad_number or not isinstance(value, field.type):
+                raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share "
-                             f"{self.num_key_value_heads} key/value heads of size {self.head_dim}")
+            raise ValueError("num_key_value_heads does not divide the heads, or head_dim is odd")
 
     @classmethod
     def from_dict(cls, raw, source="config.json"):
@@ -91,24 +87,21 @@ class Config:
         Raises ValueError naming the source and whatever is missing or not implemented.
         """
         try:
-            refuse_other_models(raw)
-            bias = bool(raw.get("attention_bias"))
+            defaults, fixed = FAMILIES[one_of("model_type", raw.get("model_type"), FAMILIES)]
+            for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
+                if raw.get(key):
+                    raise ValueError(f"{key} is not implemented")
             given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
-            if not raw["model_type"].startswith("qwen"):  # only Qwen's code reads these
-                for key in ("use_sliding_window", "max_window_layers"):
-                    given.pop(key, None)
-            raw = {"qkv_bias": bias, "o_bias": bias} | FAMILIES[raw["model_type"]] | given
-            heads = raw["num_attention_heads"]
+            raw = defaults | given | fixed
             # Gemma 2's code ignores hidden_act, which its first config files carry as well.
             act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
             dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
-            for key, value, known in (("hidden_act", act, ACTIVATIONS), ("dtype", dtype, DTYPES)):
-                if value not in known:
-                    raise ValueError(f"{key} {value!r} is not one of {', '.join(known)}")
             raw |= rope_fields(raw) | {
-                "num_key_value_heads": raw.get("num_key_value_heads") or heads,
-                "head_dim": raw.get("head_dim", raw["hidden_size"] // heads),
-                "windows": layer_windows(raw), "hidden_act": act, "dtype": DTYPES[dtype]}
+                "num_key_value_heads": raw.get("num_key_value_heads", raw["num_attention_heads"]),
+                "head_dim": raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
+                "o_bias": raw.get("o_bias", raw.get("attention_bias", False)),
+                "windows": layer_windows(raw), "hidden_act": one_of("hidden_act", act, ACTIVATIONS),
+                "dtype": DTYPES[one_of("dtype", dtype, DTYPES)]}
             names = [f.name for f in fields(cls) if f.name in raw or f.default is MISSING]
             return cls(**{name: raw[name] for name in names})
         except KeyError as error:
@@ -117,14 +110,11 @@ class Config:
             raise ValueError(f"{source} holds a value that cannot be used: {error}") from None
 
 
-def refuse_other_models(raw):
-    """ValueError for a config.json of anything but an implemented causal language model."""
-    model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
-        if raw.get(key):
-            raise ValueError(f"{key} is not implemented")
+def one_of(name, value, known):
+    """The value, if it is known; else ValueError."""
+    if value not in known:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
+    return value
 
 
 def rope_fields(raw):
@@ -133,8 +123,7 @@ def rope_fields(raw):
     if not isinstance(own, dict) or any(isinstance(value, dict) for value in own.values()):
         raise ValueError(f"rope_scaling is {own!r}, but must be one object, none per layer type")
     kind = own.get("rope_type", own.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not one of default, llama3")
+    one_of("rope type", kind, ("default", "llama3"))
     rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | raw | own
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
@@ -153,28 +142,26 @@ def layer_windows(raw):
     sliding = layers[raw.get("max_window_layers", 28)::raw.get("window_step", 1)]
     if types:
         if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"layer_types has {len(types)} entries for {len(layers)} layers, "
-                             f"of the kinds {', '.join(sorted(set(types)))}")
+            raise ValueError(f"{len(types)} layer_types for {len(layers)} layers: {set(types)}")
         sliding = [i for i in layers if types[i] == "sliding_attention"]
     return tuple(window if i in sliding else None for i in layers)
 
 
 # ---- the parts
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension."""
 
     def __init__(self, size, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps, self.plus_one = config.rms_norm_eps, config.norm_plus_one
+        super().__init__(size, config.rms_norm_eps)
+        self.plus_one = config.norm_plus_one
 
     def forward(self, x):
         if not self.plus_one:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         # Gemma rounds to the dtype once, at the end; bfloat16 would lose most of 1 + weight.
         weight = 1 + self.weight.float()
-        return F.rms_norm(x.float(), self.weight.shape, weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def rope_frequencies(config):
@@ -182,8 +169,7 @@ def rope_frequencies(config):
 
     On the CPU, in the families' own order of operations: far into a context the last bit shows.
     """
-    d = config.head_dim
-    exponents = torch.arange(0, d, 2, dtype=torch.float32, device="cpu") / d
+    exponents = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta ** exponents
     scaling = config.rope_scaling
     if scaling is None:
@@ -238,14 +224,12 @@ class Cache:
 
     def write(self, layer, k, v, positions):
         """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
-        start, end = self.max_length, self.num_keys or self.max_length + k.shape[2]
-        if self.ragged or self.num_keys:
-            rows = torch.arange(len(k), device=k.device)[:, None]
-            self.k[layer][rows, :, positions] = k.transpose(1, 2)
-            self.v[layer][rows, :, positions] = v.transpose(1, 2)
-        else:
-            self.k[layer][:, :, start:end] = k
-            self.v[layer][:, :, start:end] = v
+        end = self.num_keys or self.max_length + k.shape[2]
+        for stored, new in ((self.k[layer], k), (self.v[layer], v)):
+            if self.ragged or self.num_keys:
+                stored.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
+            else:
+                stored[:, :, self.max_length:end] = new
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
@@ -266,12 +250,12 @@ class Attention(nn.Module):
         H, K = config.num_attention_heads, config.num_key_value_heads
         self.layer, self.config, self.softcap = layer, config, config.attn_logit_softcapping
         self.scale = (config.query_pre_attn_scalar or d) ** -0.5
-        self.q_proj = nn.Linear(D, H * d, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(D, K * d, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * d, D, bias=config.o_bias)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(d, config), RMSNorm(d, config)
+        self.q_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(d, config) if config.qk_norm else nn.Identity()
 
     def forward(self, x, positions, rope, mask, cache):
         """x [B, T, D] -> [B, T, D]; the other inputs are those of Decoder.layer_inputs."""
@@ -280,10 +264,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(B, T, -1, d)  # [B, T, H, d]
         k = self.k_proj(x).view(B, T, -1, d)  # [B, T, K, d]
         v = self.v_proj(x).view(B, T, -1, d)
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q, *rope).transpose(1, 2)  # [B, H, T, d]
-        k = rotate(k, *rope).transpose(1, 2)  # [B, K, T, d]
+        q = rotate(self.q_norm(q), *rope).transpose(1, 2)  # [B, H, T, d]
+        k = rotate(self.k_norm(k), *rope).transpose(1, 2)  # [B, K, T, d]
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # [B, K, S, d]
@@ -472,12 +454,10 @@ class Transformer(nn.Module):
         the file and the tensor at fault.
         """
         folder = resolve(path_or_repo_id)
-        file = folder / "config.json"
-        config = Config.from_dict(read_json(file), file)
+        config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
             model = cls(config)
-        state = load_weights(folder, model, device, dtype or config.dtype)
-        model.load_state_dict(state, assign=True)
+        load_weights(folder, model, device, dtype or config.dtype)
         return model.requires_grad_(False).eval()
 
 
@@ -560,27 +540,23 @@ class Step:
 # ---- files
 
 def read_json(file):
-    """The object in a JSON file; FileNotFoundError or ValueError in one line that names it."""
+    """What a JSON file holds; FileNotFoundError or ValueError in one line that names it."""
     try:
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
+        return json.loads(Path(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds a {type(found).__name__}, not an object")
-    return found
 
 
-def resolve(path_or_repo_id):
-    """The local folder of a path, or of a hub repo id owner/name that is no folder here.
+def resolve(name):
+    """The local folder of a path, or of a hub repo id owner/name (a str) that is no folder here.
 
     Only config, safetensors and tokenizer files are fetched, into the hub's cache, which also
     serves offline. Raises OSError in one line that says what to do.
     """
-    folder, name = Path(path_or_repo_id).expanduser(), str(path_or_repo_id)
+    folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    is_id = isinstance(path_or_repo_id, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
-    if folder.exists() or not is_id:
+    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
         raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
     try:
         from huggingface_hub import snapshot_download
@@ -592,7 +568,7 @@ def resolve(path_or_repo_id):
 
 
 def load_weights(folder, model, device, dtype):
-    """The state dict of `model`, read from the model*.safetensors files in `folder`.
+    """Load the model*.safetensors files in `folder` into `model`, in place of its parameters.
 
     Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
     on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
@@ -605,8 +581,7 @@ def load_weights(folder, model, device, dtype):
     expected, state = model.state_dict(), {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as shard:
-                names = shard.keys()
+            names = safe_open(file, framework="pt").keys()
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
         for name in names:
@@ -615,15 +590,13 @@ def load_weights(folder, model, device, dtype):
                     continue  # a tied head, a table: some converters store them though they follow
                 raise ValueError(f"{file}: unexpected tensor {name}")
             # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-            with safe_open(file, framework="pt") as shard:
-                tensor = shard.get_tensor(name)
+            tensor = safe_open(file, framework="pt").get_tensor(name)
             shape = expected[name].shape
             if tensor.shape != shape or tensor.dtype not in DTYPES.values():
                 raise ValueError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, "
                                  f"but must be floats {list(shape)}")
             state[name] = tensor.to(device).to(dtype)  # the device casts faster
-    missing = [name for name in expected if name not in state]
-    if missing:
-        raise ValueError(f"the model*.safetensors in {folder} lack {len(missing)} tensors, "
-                         f"the first is {missing[0]}; is a file missing?")
-    return state
+    lost = [name for name in expected if name not in state]
+    if lost:
+        raise ValueError(f"{folder} lacks {len(lost)} tensors, {lost[0]} first; is a file missing?")
+    model.load_state_dict(state, assign=True)

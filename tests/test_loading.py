@@ -98,7 +98,7 @@ def test_what_follows_from_the_rest_is_passed_over(tmp_path):
 def test_missing_tensor(folder, sharded):
     rewrite(folder / "model.safetensors", lambda state: state.pop(NAME))
     says = failure(folder)
-    assert str(folder) in says and f"lack 1 tensors, the first is {NAME}" in says
+    assert str(folder) in says and f"lacks 1 tensors, {NAME} first" in says
     count = len(load_file(sharded / SHARD))
     first = next(iter(load_file(sharded / SHARD)))
 
@@ -106,7 +106,7 @@ def test_missing_tensor(folder, sharded):
         for name in set(state) - {first}:
             del state[name]
     rewrite(sharded / SHARD, keep_first)
-    assert f"lack {count - 1} tensors" in failure(sharded)
+    assert f"lacks {count - 1} tensors" in failure(sharded)
 
 
 @pytest.mark.parametrize("name, tensor, says", [
@@ -134,8 +134,8 @@ def test_a_missing_shard(sharded):
     lost = load_file(sharded / SHARD)
     (sharded / SHARD).unlink()
     says = failure(sharded)
-    assert str(sharded) in says and f"lack {len(lost)} tensors" in says
-    assert any(f"the first is {name}; is a file missing?" in says for name in lost)
+    assert str(sharded) in says and f"lacks {len(lost)} tensors" in says
+    assert any(f"{name} first; is a file missing?" in says for name in lost)
 
 
 def test_no_weights(folder):
@@ -150,7 +150,7 @@ def test_no_config(folder):
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[]", "holds a list")])
+    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[]", "'list' object")])
 def test_bad_json(folder, text, says):
     (folder / "config.json").write_bytes(text)
     assert f"{folder / 'config.json'}" in failure(folder) and says in failure(folder)
