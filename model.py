@@ -31,8 +31,9 @@ FAMILIES = {
                {"use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
                 "scale_embeddings": True, "norm_plus_one": True, "post_norms": True}),
 }
-# For these keys null is a value of its own: no window, no cap. For all others it means absent.
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+# For these keys null is a value of its own: no window, no cap, as many as there are heads.
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+            "num_key_value_heads")
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REPO_FILES = ["*config.json", "model*.safetensors", "tokenizer.json", "special_tokens*", "*.jinja"]
@@ -97,7 +98,7 @@ class Config:
             act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
             dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
             raw |= rope_fields(raw) | {
-                "num_key_value_heads": raw.get("num_key_value_heads", raw["num_attention_heads"]),
+                "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
                 "head_dim": raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
                 "o_bias": raw.get("o_bias", raw.get("attention_bias", False)),
                 "windows": layer_windows(raw), "hidden_act": one_of("hidden_act", act, ACTIVATIONS),

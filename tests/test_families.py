@@ -92,6 +92,13 @@ def test_absent_keys_mean_what_they_mean_in_transformers(family):
         assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value), key
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_as_many_key_value_heads_as_heads_where_their_number_is_null(name):
+    raw = read_json(FIXTURES / name / "config.json") | {"num_key_value_heads": None}
+    config = Config.from_dict(raw)
+    assert config.num_key_value_heads == config.num_attention_heads
+
+
 def refused(change, name="llama-tied"):
     with pytest.raises(ValueError) as e:
         Config.from_dict(read_json(FIXTURES / name / "config.json") | change)
