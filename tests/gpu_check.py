@@ -51,14 +51,18 @@ def environment(args):
 
 
 def suite(args):
-    """The test suite on the device: pytest's last line, and the tests that failed."""
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=30", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SUITE_SECONDS,
-                          env=os.environ | {"CAPRESE_TEST_DEVICE": args.device})
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-2000:]]
-    failed = [line for line in lines if re.match("FAILED|ERROR", line)]
-    return {"exit_code": done.returncode, "last_line": lines[-1], "failed": failed,
-            "output": done.stdout[-4000:] if failed else ""}
+    """The test suite on the device: pytest's last line, and the tests that failed so far."""
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=30", "-p", "no:cacheprovider"]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=SUITE_SECONDS,
+                              env=os.environ | {"CAPRESE_TEST_DEVICE": args.device})
+        exit_code, output, errors = done.returncode, done.stdout, done.stderr
+    except subprocess.TimeoutExpired as stopped:
+        exit_code, output, errors = None, stopped.stdout or b"", stopped.stderr or b""
+    lines = output.decode().strip().splitlines() or [errors.decode().strip()[-2000:]]
+    failed = [line for line in lines if re.search(r"::.* (FAILED|ERROR)", line)]
+    return {"exit_code": exit_code, "last_line": lines[-1], "failed": failed,
+            "output": "\n".join(lines)[-4000:] if failed else ""}
 
 
 def eager(step, tokens):

@@ -4,6 +4,7 @@ A captured graph replays kernels on fixed addresses. So a step must not wait for
 not make a tensor whose size depends on values, and must not mix devices.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -96,3 +97,11 @@ def test_the_gpu_check_reports_failures_and_goes_on(tmp_path):
         assert ("error" in results["environment"]["result"]) == failing
         capture = results["capture"]["result"]
         assert capture["compared"] == 25 and len(capture["failures"]) == (25 if failing else 0)
+
+
+@pytest.mark.slow
+def test_a_suite_that_takes_too_long_keeps_what_it_printed(monkeypatch):
+    import gpu_check
+    monkeypatch.setattr(gpu_check, "SUITE_SECONDS", 25)
+    found = gpu_check.suite(argparse.Namespace(device="cpu"))
+    assert found["exit_code"] is None and "tests/test_" in found["last_line"]
