@@ -89,10 +89,9 @@ def test_the_answer_ends_where_the_full_models_does():
         assert found[0].tolist() == tokens[:limit]
 
 
-@pytest.mark.parametrize("sure", [0.0, 0.38])  # drafts of two tokens; sometimes of one
-def test_sampling_keeps_the_full_models_distribution(sure, monkeypatch):
+def test_sampling_keeps_the_full_models_distribution(monkeypatch):
     """The first three tokens of 2,000 answers against their exact probabilities, by chi-square."""
-    monkeypatch.setattr(sample, "SURE", sure)
+    monkeypatch.setattr(sample, "SURE", 0.38)  # drafts of two tokens, and some of one
     temperature, top_p, count = 0.7, 0.9, 2000
     model = tiny.model(vocab_size=5).double()
     prompt = tiny.tokens(1, 4) % 5
@@ -117,7 +116,7 @@ def test_sampling_keeps_the_full_models_distribution(sure, monkeypatch):
         seen[tuple(tokens[0].tolist())] += 1
     assert set(seen) <= set(expected)
     assert 0.1 < counts["accepted"] / counts["drafted"] < 0.9  # both branches are taken
-    assert sure == 0 or counts["passes"] > 1.3 * count  # not all drafts are long
+    assert 1.05 * count < counts["passes"] < 1.95 * count  # after the first token, one or two
     likely = {key: p for key, p in expected.items() if p * count >= 5}
     rest = 1 - sum(likely.values())
     cells = [(seen[key], p * count) for key, p in likely.items()]
