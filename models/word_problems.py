@@ -20,9 +20,56 @@ NAMES = data.NAMES + "Olivia Haley Paul Nancy Robin Wendy Henry Gwen Kaleb Faye"
 THINGS = (data.THINGS + " flowers balloons tickets pictures eggs muffins toys oranges songs games "
           "bottles cups chairs").split()
 PLACES = "boxes bags baskets shelves rows groups jars tables albums teams".split()
-# A story with its question, then the steps: what is said, and what is computed from a, b, c and
-# from the results x and y of the steps before.
+LOSSES = ["gave {n} to {other}", "lost {n} of them", "sold {n}", "threw {n} away", "broke {n}",
+          "used {n} of them", "took {n} back", "left {n} at home", "traded {n} for a hat"]
+GAINS = ["bought {n} more", "found {n} more", "won {n} more", "got {n} more from {other}",
+         "made {n} more", "collected {n} more", "added {n} more", "received {n} more as a gift"]
+# A story with its question, then the steps: what is said, and what is computed from a, b, c, ...
+# and from the results x and y of the steps before. {gain_b} is one of GAINS with the number b.
 STORIES = [
+    ("{who} had {a} {things}. {who} {loss_b} and later {gain_e}. How many {things} does {who} have "
+     "now?", ("After the first change {who} had", "a - b"), ("Now {who} has", "x + e")),
+    ("{who} had {a} {things}. First {who} {gain_b}, then {who} {loss_e}. How many does {who} have?",
+     ("{who} had at first", "a + b"), ("Then {who} had", "x - e")),
+    ("If {who} had {a} {things} and {gain_b}, and after that {gain_e}, how many {things} would "
+     "{who} have in all?", ("First {who} would have", "a + b"), ("In all that is", "x + e")),
+    ("{who} started with {a} {things}. {who} {loss_b} in the morning and {loss_e} in the evening. "
+     "How many {things} are left?", ("In the morning there were", "a - b"), ("Left are", "x - e")),
+    ("{who} had to sort {a} red {things} and {b} blue {things}, but sorted only {e} of them. How "
+     "many did {who} not sort?", ("There were", "a + b"), ("Not sorted were", "x - e")),
+    ("{who} found {a} {things} and {other} found {b}. Only {e} of all these were good. How many "
+     "were bad?", ("Together they found", "a + b"), ("The bad ones were", "x - e")),
+    ("{a} girls and {b} boys came to a game, and {e} of them could play. How many had to watch?",
+     ("All who came were", "a + b"), ("Those who watched were", "x - e")),
+    ("{who} bought {c} packs of red {things} and {d} packs of green {things}. Each pack holds {f} "
+     "{things}. How many {things} did {who} buy?", ("The packs were", "c + d"),
+     ("The {things} were", "x * f")),
+    ("In a room are {c} old tables and {d} new ones, with {f} {things} on each table. How many "
+     "{things} are in the room?", ("The tables are", "c + d"), ("The {things} are", "x * f")),
+    ("{c} players were in a game when {d} more joined. Each player has {f} {things}. How many "
+     "{things} do they have together?", ("The players were", "c + d"), ("Together", "x * f")),
+    ("{who} had {f} {places} of {things}, {c} in each. {who} {loss_d}. How many {things} remain?",
+     ("At first there were", "f * c"), ("What remains is", "x - d")),
+    ("{who} earned ${c} for each of {f} jobs, but did only {d} of the jobs. How much did {who} "
+     "earn?", ("{who} earned", "c * d")),
+    ("{who} has to carry {a} {things} and {b} cards. One trip takes {c} pieces. How many trips are "
+     "needed?", ("The pieces are", "a + b"), ("The trips are", "x / c")),
+    ("Of {a} {things} {who} {loss_b}. {who} put the rest into {places} of {c}. How many {places} "
+     "are there?", ("The rest was", "a - b"), ("That fills", "x / c")),
+    ("{who} saved ${a} and got ${b} as a gift. How many {things} at ${c} each can {who} buy?",
+     ("{who} has", "a + b"), ("{who} can buy", "x / c")),
+    ("A book has {c} chapters of {f} pages. {who} has read {d} pages. How many pages are left?",
+     ("The book has", "c * f"), ("Left are", "x - d")),
+    ("{who} is {a} years old and {other} is {b} years younger. How old will {other} be in {d} "
+     "years?", ("{other} is", "a - b"), ("Then {other} will be", "x + d")),
+    ("One {thing} weighs {c} grams and one card {d} grams. {who} has {f} of each. How many grams "
+     "is that?", ("One of each weighs", "c + d"), ("All weigh", "x * f")),
+    ("{who} and {other} had {a} {things} together. {who} had {b} of them. {other} then {gain_e}. "
+     "How many does {other} have?", ("{other} had", "a - b"), ("Now {other} has", "x + e")),
+    ("A shop had {a} {things}. It sold {b}, and then {e} new ones arrived. How many {things} are "
+     "in the shop?", ("After the sale there were", "a - b"), ("Now there are", "x + e")),
+    ("A train had {a} people. At a stop {b} got off and {e} got on. How many are on the train?",
+     ("When they got off there were", "a - b"), ("Now there are", "x + e")),
     ("{who} had {a} {things}. Later {who} got {b} more. How many {things} does {who} have now?",
      ("{who} now has", "a + b")),
     ("There were {a} {things} in the room. {who} took {b} of them away. How many are left?",
@@ -98,8 +145,8 @@ def make_story(rng):
              "places": rng.choice(PLACES)}
     while True:
         largest = rng.choice((20, 50, 99))
-        values = {"a": rng.randint(2, largest), "b": rng.randint(2, largest),
-                  "c": rng.randint(2, 10), "d": rng.randint(2, 10)}
+        values = {name: rng.randint(2, largest) for name in "abe"}
+        values |= {name: rng.randint(2, 10) for name in "cdf"}
         numbers = dict(values)
         lines = []
         for (said, expression), name in zip(steps, "xyz"):
@@ -111,6 +158,9 @@ def make_story(rng):
             lines.append(f"{said.format(**words)} {numbers[left]} {op} {numbers[right]} = "
                          f"{result}.")
         if len(lines) == len(steps):
+            for name, n in values.items():
+                words[f"gain_{name}"] = rng.choice(GAINS).format(n=n, other=other)
+                words[f"loss_{name}"] = rng.choice(LOSSES).format(n=n, other=other)
             return {"question": story.format(**words, **values),
                     "answer": "\n".join(lines) + f"\n#### {result}"}
 
