@@ -18,7 +18,7 @@ def accuracies():
     model = Transformer.from_pretrained(sample.BUNDLED, dtype=torch.float32)
     tokenizer = data.Tokenizer(sample.BUNDLED)
     maths = data.problems("maths", 125, EVALUATION_SEED, evaluation=True)
-    reading = data.problems("reading", 125, EVALUATION_SEED, evaluation=True)
+    reading = data.problems("reading", 60, EVALUATION_SEED, evaluation=True)
     found = {}
     for variant in VARIANTS:
         if variant == "sparse":
