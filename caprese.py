@@ -433,9 +433,10 @@ def watch_calls(model, shared):
     def after(decoder, args, output):
         if shared.set_by_hand:
             return
-        if shared.name == "prompt" and output is not None:  # None: the call has failed
-            select(model)
+        prompt = shared.name == "prompt"
         shared.name, shared.mask = "full", None
+        if prompt and output is not None:  # None: the call has failed
+            select(model)
 
     def refuse_assisted(model, args, kwargs):
         if kwargs.get("logits_to_keep") not in (None, 0, 1) and not shared.set_by_hand:

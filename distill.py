@@ -352,15 +352,21 @@ def kl_to_full(model, samples, micro_batch=4):
 
 # ---- Adam, and the two stages
 
+def adam_memory(optimizer, parameters):
+    """{name: tensor} of what Adam remembers of {name: parameter}, made now: a resume fills it."""
+    memory = {}
+    for name, p in parameters.items():
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+        memory |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+    return memory
+
+
 def train(model, samples, backward, args, stage, progress, lr, epochs, batch_size):
     """Adam on the correction with a linear schedule and 2% warm-up, as in the paper."""
     learned = caprese.correction_parameters(model)
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
-    state = dict(learned)
-    for name, p in learned.items():  # made now, so that a resumed run can fill it
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-        state |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+    state = learned | adam_memory(optimizer, learned)
     schedule = []
     for epoch in range(epochs):
         schedule += data.batch_indices(samples, batch_size, seed=args.seed + epoch)

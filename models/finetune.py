@@ -69,11 +69,7 @@ def train(model, samples, args, progress):
     weights = dict(model.named_parameters())
     master = {name: p.detach().float().clone() for name, p in weights.items()}
     optimizer = torch.optim.AdamW(master.values(), betas=(0.9, 0.98), weight_decay=0.0)
-    state = dict(master)
-    for name, p in master.items():  # made now, so that a resumed run can fill it
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-        state |= {f"{name}:{key}": value for key, value in optimizer.state[p].items()}
+    state = master | distill.adam_memory(optimizer, master)
     schedule = []
     for epoch in range(args.epochs):
         schedule += data.batch_indices(samples, args.batch_size, seed=args.seed + epoch)

@@ -28,6 +28,7 @@ def collect(runs):
             if answer["run"] > 0:
                 continue
             kept = {key: answer[key] for key in KEPT}
+            kept["variant"] = kept["variant"].replace("GRIFFIN", "griffin").replace("CATS", "cats")
             if "rouge1" in answer:  # news articles are not ours to give away
                 kept |= {"question": f"row {answer['problem'] + 1} of the data set", "answer": "",
                          "rouge1": round(answer["rouge1"], 4)}

@@ -16,7 +16,7 @@ from paper.scores import summary
 NEEDS = ("graded",)
 QUICK = {"limit": 40, "batch_size": 1}
 FULL = {"limit": 200, "batch_size": 1}
-RHO = (1024, 256, 64)
+RHO = (1024, 256, 64, 32, 16)  # those below --max-new-tokens
 BUNDLED_RHO = (32, 16, 8, 4)
 
 PAPER = {"GRIFFIN + E2E on AMC 23, accuracy in percent": [
@@ -42,7 +42,9 @@ def measure(experiment):
     """A row for each variant and each rho."""
     rows = []
     name, problems = experiment.graded()
-    rhos = RHO if experiment.args.model else BUNDLED_RHO
+    rhos = BUNDLED_RHO
+    if experiment.args.model:
+        rhos = [rho for rho in RHO if rho < experiment.args.max_new_tokens]
     for variant in experiment.variants(("griffin",), stages=(BOTH_STAGES,)):
         for rho in (None,) if variant.name == "full" else (None, *rhos):
             answers = experiment.answers(replace(variant, reselect=rho), name, problems)

@@ -394,9 +394,9 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
     recount.collect(runs)
     rows = recount.count(tmp_path / "kept" / "sums.jsonl.gz")
     assert rows == [
-        {"variant": "GRIFFIN", "set": "sums", "answers": 1, "score %": 0.0, "±": 0.0, "tokens": 9},
         {"variant": "full", "set": "sums", "answers": 2, "score %": 50.0, "±": 50 / 2 ** 0.5,
-         "tokens": 6}]
+         "tokens": 6},
+        {"variant": "griffin", "set": "sums", "answers": 1, "score %": 0.0, "±": 0.0, "tokens": 9}]
     text = gzip.decompress((tmp_path / "kept" / "xsum.jsonl.gz").read_bytes()).decode()
     assert "article" not in text and "row 1" in text
     monkeypatch.setattr(sys, "argv", ["recount"])
