@@ -431,12 +431,15 @@ def watch_calls(model, shared):
         shared.mask = padding_mask(kwargs.get("attention_mask"), start, count)
 
     def after(decoder, args, output):
-        if shared.set_by_hand:
+        if shared.set_by_hand or shared.name == "full":  # the latter: `before` refused the call
             return
-        prompt = shared.name == "prompt"
-        shared.name, shared.mask = "full", None
-        if prompt and output is not None:  # None: the call has failed
+        prompt, filled = shared.name == "prompt", shared.filled
+        shared.name, shared.mask, shared.filled = "full", None, None
+        if output is None:  # the call has failed, so nothing may go on with its cache
+            return
+        if prompt:
             select(model)
+        shared.filled = filled
 
     def refuse_assisted(model, args, kwargs):
         if kwargs.get("logits_to_keep") not in (None, 0, 1) and not shared.set_by_hand:

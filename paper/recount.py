@@ -21,12 +21,20 @@ KEPT = ("set", "variant", "question", "answer", "response", "tokens")
 
 
 def collect(runs):
-    """Write the first answer to each problem in the folder `runs` to a file for each set."""
-    sets = {}
+    """Write the first answer to each problem in the folder `runs` to a file for each set.
+
+    Raises ValueError where two files answer the same problem under the same variant's name.
+    """
+    sets, seen = {}, set()
     for file in sorted(Path(runs).glob("*.jsonl")):
         for answer in read_answers(file):
             if answer["run"] > 0:
                 continue
+            key = answer["set"], answer["variant"], answer["problem"]
+            if key in seen:
+                raise ValueError(f"{file} is a second file of {key}, learned or decoded in another "
+                                 f"way: keep one of them in {runs}")
+            seen.add(key)
             kept = {key: answer[key] for key in KEPT}
             kept["variant"] = kept["variant"].replace("GRIFFIN", "griffin").replace("CATS", "cats")
             if "rouge1" in answer:  # news articles are not ours to give away

@@ -3,8 +3,8 @@
 Every rho tokens the full model runs over the tokens since the last reselection, and GRIFFIN selects
 its neurons anew (section 4.1.1). The paper claims that the smaller rho is, the nearer Caprese comes
 to the full model; its 1.5B model, with answers of thousands of tokens, gains 24 points of AMC 23.
-The bundled model's answers have some 45 tokens, so rho is smaller here. Each answer is decoded
-alone in its batch, for its time.
+The bundled model's answers have some 45 tokens, so rho is smaller here; a --model takes those below
+--max-new-tokens. Each answer is decoded alone in its batch, for its time.
 """
 
 from dataclasses import replace
@@ -47,7 +47,10 @@ def measure(experiment):
         rhos = [rho for rho in RHO if rho < experiment.args.max_new_tokens]
     for variant in experiment.variants(("griffin",), stages=(BOTH_STAGES,)):
         for rho in (None,) if variant.name == "full" else (None, *rhos):
-            answers = experiment.answers(replace(variant, reselect=rho), name, problems)
+            reselected = variant
+            if rho is not None:
+                reselected = replace(variant, reselect=rho, name=f"{variant.name}, rho {rho}")
+            answers = experiment.answers(reselected, name, problems)
             row = {"method": variant.name, "rho": rho}
             rows.append(row | summary(answers) | timing(answers))
     return rows

@@ -382,7 +382,7 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
     about = {"set": "sums", "run": 0, "problem": 0, "seconds": 1.0}
     lines = [about | {"variant": "full", "question": "1 + 1", "answer": "2",
                       "response": "It is #### 2", "tokens": 5, "accuracy": 0.0},
-             about | {"variant": "full", "question": "1 + 2", "answer": "3",
+             about | {"variant": "full", "problem": 1, "question": "1 + 2", "answer": "3",
                       "response": "It is #### 4", "tokens": 7, "accuracy": 1.0},
              about | {"variant": "GRIFFIN", "question": "1 + 1", "answer": "2",
                       "response": "1 1 1", "tokens": 9, "accuracy": 0.0}]
@@ -402,6 +402,9 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["recount"])
     recount.main()
     assert "25.000" in capsys.readouterr().out
+    write(runs / "other_density.jsonl", lines[2:3])
+    with pytest.raises(ValueError, match="a second file of"):
+        recount.collect(runs)
 
 
 # ---- the scripts

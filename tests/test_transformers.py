@@ -261,3 +261,25 @@ def test_a_failed_call_leaves_the_model_full(pair):
         theirs(tokens + theirs.config.vocab_size, past_key_values=cache)
     shared = next(iter(caprese.sparse_layers(theirs).values())).phase
     assert shared.name == "full" and shared.mask is None
+
+
+def test_after_a_failed_selection_nothing_decodes_with_the_prompt_before(pair, monkeypatch):
+    _, theirs = pair
+    tokens = prompt(theirs)
+    good = transformers.DynamicCache(config=theirs.config)
+    theirs(tokens, past_key_values=good)
+    failed = transformers.DynamicCache(config=theirs.config)
+    monkeypatch.setattr(caprese, "select", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        theirs(tokens, past_key_values=failed)
+    shared = next(iter(caprese.sparse_layers(theirs).values())).phase
+    assert shared.name == "full"
+    for cache in (good, failed):
+        with pytest.raises(ValueError, match="must have filled this KV cache itself"):
+            theirs(tokens[:, :1], past_key_values=cache)
+    monkeypatch.undo()
+    fresh = transformers.DynamicCache(config=theirs.config)
+    theirs(tokens, past_key_values=fresh)
+    with pytest.raises(ValueError):  # a refused call leaves the good cache usable
+        theirs(tokens[:, :1], past_key_values=good)
+    theirs(tokens[:, :1], past_key_values=fresh)
