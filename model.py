@@ -227,8 +227,9 @@ class Cache:
         """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
         end = self.num_keys or self.max_length + k.shape[2]
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.ragged or self.num_keys:
-                stored.scatter_(2, positions[:, None, :, None].expand(new.shape), new)
+            if self.ragged or self.num_keys:  # scatter_ would copy all that is stored on a CPU
+                rows = torch.arange(len(new), device=new.device)[:, None]
+                stored.transpose(1, 2).index_put_((rows, positions), new.transpose(1, 2))
             else:
                 stored[:, :, self.max_length:end] = new
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
