@@ -202,6 +202,7 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # for write()
         self.capacity = capacity  # S, the most tokens that a row can hold
         self.max_length, self.ragged, self.num_keys = 0, False, None
 
@@ -221,6 +222,7 @@ class Cache:
         self.k = [k[rows] for k in self.k]
         self.v = [v[rows] for v in self.v]
         self.lengths = self.lengths[rows]
+        self.rows = torch.arange(len(rows), device=self.rows.device)[:, None]
         self.set_lengths(self.lengths)
 
     def write(self, layer, k, v, positions):
@@ -228,8 +230,7 @@ class Cache:
         end = self.num_keys or self.max_length + k.shape[2]
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged or self.num_keys:  # scatter_ would copy all that is stored on a CPU
-                rows = torch.arange(len(new), device=new.device)[:, None]
-                stored.transpose(1, 2).index_put_((rows, positions), new.transpose(1, 2))
+                stored.transpose(1, 2).index_put_((self.rows, positions), new.transpose(1, 2))
             else:
                 stored[:, :, self.max_length:end] = new
         return self.k[layer][:, :, :end], self.v[layer][:, :, :end]

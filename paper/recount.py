@@ -30,11 +30,11 @@ def collect(runs):
         for answer in read_answers(file):
             if answer["run"] > 0:
                 continue
-            key = answer["set"], answer["variant"], answer["problem"]
-            if key in seen:
-                raise ValueError(f"{file} is a second file of {key}, learned or decoded in another "
-                                 f"way: keep one of them in {runs}")
-            seen.add(key)
+            problem = answer["set"], answer["variant"], answer["problem"]
+            if problem in seen:
+                raise ValueError(f"{file} is a second file of {problem}, learned or decoded in "
+                                 f"another way: keep one of them in {runs}")
+            seen.add(problem)
             kept = {key: answer[key] for key in KEPT}
             kept["variant"] = kept["variant"].replace("GRIFFIN", "griffin").replace("CATS", "cats")
             if "rouge1" in answer:  # news articles are not ours to give away
