@@ -573,7 +573,7 @@ def distill(args):
 
 
 def distill_together(args):
-    """distill() in one of the processes that torchrun started; rank 0 alone prints."""
+    """distill() in one of torchrun's processes, which ends with it; rank 0 alone prints."""
     try:
         if args.device.startswith("cuda"):
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -583,6 +583,8 @@ def distill_together(args):
             sys.stdout = sys.stderr = open(os.devnull, "w")
         distill(args)
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # at Python's own end gloo's threads may abort the process (PyTorch #190489)
     except Exception as error:
         print(f"error in rank {os.environ['RANK']}: {type(error).__name__}: {error}",
               file=sys.__stderr__, flush=True)
