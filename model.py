@@ -202,7 +202,7 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros_like(k) for k in self.k]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self.rows = torch.arange(batch_size, device=device)[:, None]  # for write()
+        self.rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self.capacity = capacity  # S, the most tokens that a row can hold
         self.max_length, self.ragged, self.num_keys = 0, False, None
 
