@@ -412,7 +412,8 @@ def watch_calls(model, shared):
     def before(decoder, args, kwargs):
         if shared.set_by_hand:
             return
-        cache = kwargs.get("past_key_values")
+        # By what it can do: transformers 5.24 renamed the argument past_key_values to cache.
+        cache = next((v for v in kwargs.values() if hasattr(v, "get_seq_length")), None)
         if cache is None:
             raise ValueError("without a KV cache no prompt selects; see caprese.teacher_forced")
         if model.training:
