@@ -436,6 +436,14 @@ class Transformer(nn.Module):
         """An empty Cache for so many sequences of at most `capacity` tokens."""
         return Cache(self.config, batch_size, capacity, self.device, self.dtype)
 
+    def decode(self, tokens, cache):
+        onednn = torch.backends.mkldnn.enabled
+        torch.backends.mkldnn.enabled = onednn and len(tokens) > 1
+        try:
+            return self.logits(self.model(tokens[:, None], cache)[:, -1])
+        finally:
+            torch.backends.mkldnn.enabled = onednn
+
     def new_step(self, batch_size, capacity):
         """A Step with an empty cache. On CUDA the last one, with its graphs, if it fits."""
         if self.device.type != "cuda":
