@@ -534,15 +534,16 @@ def open_checkpoint(args, settings, out):
     return checkpoint
 
 
-def distill(args, shard=None):
+def distill(args, load=sample.load, shard=None):
     """Both stages and the table, as args say; writes the adapter.
 
-    shard(model) spreads the base weights over devices: see beyond/several_devices.py.
+    load(args) gives (model, tokenizer), and shard(model) spreads the base weights over devices: see
+    beyond/several_devices.py.
     """
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
     print(describe(args), file=out, flush=True)
-    model, tokenizer = sample.load(args)
+    model, tokenizer = load(args)
     samples = training_samples(args, tokenizer)
     unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
               for file in args.eval_data}
