@@ -356,6 +356,7 @@ class Checkpoint:
     def restore(self, stage, tensors):
         """Fill the tensors with those saved in this stage, and return the step; 0 if none were."""
         if self.about["stage"] != stage:
+            self.tensors = {}  # those of an earlier stage, if any
             self.start = time.perf_counter()
             self.save(stage, 0, tensors)
         for name, tensor in tensors.items():
