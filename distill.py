@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as recompute_later
 import caprese
 import data
 import sample
+from model import resolve
 
 RECIPES = {  # a flag that is not given: the bundled model's value, an own model's, that of --paper
     "samples": (6000, 20000, 20000),
@@ -544,10 +545,11 @@ def distill(args, load=sample.load, shard=None):
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
     print(describe(args), file=out, flush=True)
-    model, tokenizer = load(args)
+    tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
     samples = training_samples(args, tokenizer)
     unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
               for file in args.eval_data}
+    model, _ = load(args)  # takes long, so a file that is missing is noticed before
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
     if checkpoint is None:
