@@ -550,6 +550,8 @@ def distill(args, load=sample.load, shard=None):
     unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
               for file in args.eval_data}
     model, _ = load(args)  # takes long, so a file that is missing is noticed before
+    # Flags that do not fit this model are noticed here, not after it has been measured.
+    caprese.detach(caprese.attach(model, args.method, args.density, args.layers, args.rank))
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
     if checkpoint is None:
