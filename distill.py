@@ -94,6 +94,7 @@ def fit_closed_form(model, batches):
     def visit(ff, x, e):
         add_moments(*moments[ff], x, e)
 
+    batches = list(batches)
     for batch in sample.progress(batches, "closed form", len(batches)):
         visit_residuals(model, batch, visit)
     for ff, (A, C) in moments.items():
@@ -509,7 +510,7 @@ def describe(args):
 def settings_of(args, model, samples, unseen):
     """What a run depends on, {name: value}, for its Checkpoint: flags, contents of data, model."""
     changes_nothing = ("device", "json", "resume", "fresh", "save_every", "gradient_checkpointing",
-                       "model", "data", "eval_data")
+                       "out", "model", "data", "eval_data")
     settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
     settings["method"] = caprese.method_name(caprese.METHODS.get(args.method, args.method))
     contents = {"training samples": samples, "evaluation samples": unseen}
