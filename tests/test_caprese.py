@@ -3,6 +3,8 @@
 Run: python -m pytest tests/test_caprese.py
 """
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -527,3 +529,164 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         caprese.save_adapter(attached("cpu", "griffin", rank=2), file)
     assert file.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+# ---- forks: a change takes effect, or it is refused
+
+class NoCorrection(caprese.GRIFFIN):
+    def correction(self, x):
+        return torch.zeros_like(x)
+
+
+class NothingKept(caprese.GRIFFIN):
+    def sparsify(self, x, gate, z, kept):
+        return torch.zeros_like(z)
+
+
+class GatedCorrection(caprese.GRIFFIN):
+    def correction(self, x):
+        return torch.nn.functional.gelu(x @ self.L.to(x.dtype)) @ self.R.to(x.dtype)
+
+
+class Dense(caprese.GRIFFIN):
+    """Overrides both paths, alike: it keeps its compact path."""
+    def sparsify(self, x, gate, z, kept):
+        return 2 * z * kept[:, None]
+
+    def fused(self, x):
+        return super().fused(x) * 2 - self.correction(x)
+
+
+@pytest.mark.parametrize("block", [NoCorrection, NothingKept, GatedCorrection])
+def test_a_subclass_changes_single_prompts_and_batches_alike(block, device, capsys):
+    model, tokens = tiny.model(device=device), tiny.tokens(2, 14, device=device)
+    plain = tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6))
+    before = decode_logits(plain, tokens[:1, :6], tokens[:1, 6:])
+    tiny.fill(caprese.attach(model, block, 0.4, rank=6))
+    assert "takes the masked path" in capsys.readouterr().err
+    single = decode_logits(model, tokens[:1, :6], tokens[:1, 6:])
+    assert not first_layer(model).compact
+    batch = decode_logits(model, tokens[:, :6], tokens[:, 6:])
+    assert_close(single, batch[:1], **CLOSE)
+    forced = caprese.teacher_forced(model, tokens, [6, 6])[:, 6:]
+    assert_close(batch, forced, **CLOSE)
+    assert (single - before).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name, change", [
+    ("correction", lambda ff, x: torch.zeros_like(x)),
+    ("sparsify", lambda ff, x, gate, z, kept: torch.zeros_like(z))])
+def test_a_changed_line_of_the_class_itself_takes_effect(name, change, device, monkeypatch):
+    """As an editor changes it: the next attach() notices that the compact path differs."""
+    model, tokens = tiny.model(device=device), tiny.tokens(1, 14, device=device)
+    monkeypatch.setattr(caprese.GRIFFIN, name, change)
+    tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6))
+    found = decode_logits(model, tokens[:, :6], tokens[:, 6:])
+    assert not first_layer(model).compact
+    assert_close(found, caprese.teacher_forced(model, tokens, [6])[:, 6:], **CLOSE)
+
+
+def test_a_subclass_that_overrides_both_paths_keeps_the_compact_one(device, capsys):
+    model, tokens = tiny.model(device=device), tiny.tokens(1, 14, device=device)
+    tiny.fill(caprese.attach(model, Dense, 0.4, rank=6))
+    found = decode_logits(model, tokens[:, :6], tokens[:, 6:])
+    assert first_layer(model).compact and capsys.readouterr().err == ""
+    assert_close(found, caprese.teacher_forced(model, tokens, [6])[:, 6:], **CLOSE)
+
+
+def test_a_statistic_of_its_own_brings_its_own_merge(device):
+    class MeanAbs(caprese.GRIFFIN):
+        """The mean of |z| over the tokens, as a sum and a count, for it to merge."""
+        def statistic(self, x, gate, z, counted=None):
+            return z.abs().sum(1) if counted is None else (z.abs() * counted[..., None]).sum(1)
+
+        def merge(self, s, s_G):
+            return s + s_G
+
+    model, x = caprese.attach(tiny.model(device=device), MeanAbs), random_inputs(device, 2, 9, 32)
+    ff = first_layer(model)
+    with caprese.phase(model, "count"):
+        ff(x[:, :5])
+        ff(x[:, 5:])
+    assert_close(ff.s, ff.neurons(x)[1].abs().sum(1))
+
+
+class OtherTraining(caprese.GRIFFIN):
+    def sparse(self, x, gate, z, kept):
+        return super().sparse(x, gate, z, kept) + 1
+
+
+class Unfinished(caprese.SparseFF):
+    pass
+
+
+@pytest.mark.parametrize("block, says", [
+    (OtherTraining, "would learn another function than it decodes by"),
+    (Unfinished, "lacks something that SparseFF asks for"),
+    (caprese.SparseFF, "lacks something that SparseFF asks for")])
+def test_a_class_that_cannot_work_is_refused(block, says, device):
+    model = tiny.model(device=device)
+    with pytest.raises(ValueError, match=says):
+        caprese.attach(model, block)
+    assert not caprese.sparse_layers(model)
+
+
+def test_trying_a_class_draws_no_number(device):
+    model = tiny.model(device=device)
+    torch.manual_seed(0)
+    caprese.attach(model, "griffin", rank=6)
+    L = first_layer(model).L.detach().clone()
+    torch.manual_seed(0)
+    assert torch.equal(L, torch.randn(32, 6, device=device) * 32 ** -0.5)
+
+
+@pytest.mark.parametrize("block, linear", [
+    (caprese.GRIFFIN, True), (caprese.CATS, True), (NothingKept, True), (GatedCorrection, False),
+    (NoCorrection, False)])
+def test_only_x_L_R_has_a_closed_form(block, linear, device):
+    model = caprese.attach(tiny.model(device=device), block, rank=6)
+    assert caprese.has_closed_form(first_layer(model)) == linear
+
+
+def test_an_adapter_of_a_class_needs_that_class(tmp_path, device):
+    """It is refused under GRIFFIN's name, and no name in a file is imported."""
+    file, tokens = tmp_path / "a.safetensors", tiny.tokens(2, 12, device=device)
+    model = tiny.fill(caprese.attach(tiny.model(device=device), GatedCorrection, 0.4, rank=6))
+    expected = caprese.teacher_forced(model, tokens, [5, 7])
+    caprese.save_adapter(model, file)
+    for method in (None, "griffin", NoCorrection):
+        with pytest.raises(ValueError, match="GatedCorrection"):
+            caprese.load_adapter(model, file, method=method)
+    caprese.load_adapter(model, file, method=GatedCorrection)
+    assert torch.equal(caprese.teacher_forced(model, tokens, [5, 7]), expected)
+    caprese.save_adapter(caprese.attach(model, "griffin", rank=6), file)
+    with pytest.raises(ValueError, match="for the method griffin"):
+        caprese.load_adapter(model, file, method=GatedCorrection)
+
+
+def test_a_copy_works_as_its_original(device):
+    tokens = tiny.tokens(1, 6, device=device)
+    model = attached(device, "griffin", rank=6)
+    expected = generate(model, tokens, 8, reselect=3)
+    copied = copy.deepcopy(model)
+    with caprese.phase(model, "decode"):  # the copy has a phase of its own
+        assert torch.equal(generate(copied, tokens, 8, reselect=3), expected)
+    caprese.detach(copied)
+    assert torch.equal(generate(model, tokens, 8, reselect=3), expected)
+    assert torch.equal(generate(copied, tokens, 8), generate(tiny.model(device=device), tokens, 8))
+
+
+def test_what_runs_in_inference_mode_can_be_trained_afterwards(device):
+    model, tokens = attached(device, "griffin", rank=6), tiny.tokens(1, 9, device=device)
+    expected = generate(model, tokens[:, :5], 4)
+    with torch.inference_mode():
+        assert torch.equal(generate(model, tokens[:, :5], 4), expected)
+    caprese.teacher_forced(model, tokens, [5]).sum().backward()
+    assert torch.equal(generate(model, tokens[:, :5], 4), expected)
+
+
+@pytest.mark.parametrize("lengths", [[0, 5], [5, 13], [5], [[5, 5]]])
+def test_prompt_lengths_lie_in_the_tokens(lengths, device):
+    model, tokens = attached(device, "griffin"), tiny.tokens(2, 12, device=device)
+    with pytest.raises(ValueError, match="prompt_lengths must be 2 numbers in 1..12"):
+        caprese.teacher_forced(model, tokens, lengths)
