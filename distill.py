@@ -583,11 +583,11 @@ def distill(args, shard=None):
 
 def print_row(row, out, first):
     """Print a row of the table as soon as it is measured, below the names if it is the first."""
-    widths = [max(12, len(name)) for name in row]
-    if first:
-        print("\n" + "  ".join(map(str.rjust, row, widths)), file=out)
     cells = [sample.format_cell(value) for value in row.values()]
-    print("  ".join(map(str.rjust, cells, widths)), file=out, flush=True)
+    for line in [list(row), cells] if first else [cells]:
+        widths = [24] + [max(9, len(name)) for name in row][1:]
+        line[0] = line[0].ljust(24)
+        print("  ".join(map(str.rjust, line, widths)), file=out, flush=True)
 
 
 def main():
