@@ -8,6 +8,7 @@ the paper has not, is asked for by name: --layerwise sequential, --loss kl.
 
 import hashlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -217,6 +218,8 @@ def kl_to_full(model, samples, micro_batch=4):
             sparse = embeddings(model, batch.tokens)[:, :-1][followed]
         total += float(kl_divergence(model, sparse, full))
         count += len(full)
+    if not math.isfinite(total):
+        raise overflow(model.dtype)
     if count == 0:
         raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
     return total / count
@@ -298,8 +301,10 @@ def adam_memory(optimizer, parameters):
 
 def overflow(dtype):
     """The error for numbers that are infinite or no numbers."""
-    return ValueError(f"overflow: a number is not finite in {dtype}; try --dtype bfloat16 or "
-                      "float32, and if it stays so, a lower learning rate")
+    if dtype == torch.float16:
+        return ValueError("overflow: a number is not finite in torch.float16; try --dtype bfloat16")
+    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the learning "
+                      "rate is too high")
 
 
 # ---- several processes: beyond/several_devices.py starts them; here there is one
