@@ -467,13 +467,21 @@ def teacher_forced(model, tokens, prompt_lengths):
     recomputes = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     if recomputes and torch.is_grad_enabled():
         raise ValueError("with gradient_checkpointing teacher_forced needs torch.no_grad()")
-    lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
-    if lengths.shape != (len(tokens),) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"prompt_lengths must be {len(tokens)} numbers in 1..{tokens.shape[1]}")
+    lengths = check_lengths(tokens, prompt_lengths)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     with phase(model, "teacher_forced", generated=positions >= lengths[:, None]):
         output = model(tokens)
     return getattr(output, "logits", output)  # transformers wraps them
+
+
+def check_lengths(tokens, prompt_lengths):
+    """prompt_lengths as a tensor [B] int64; ValueError if they are not those of tokens [B, S]."""
+    lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
+    one_for_each = lengths.shape == (len(tokens),) and not lengths.is_floating_point()
+    if not one_for_each or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
+        raise ValueError(f"prompt_lengths must be {len(tokens)} whole numbers "
+                         f"in 1..{tokens.shape[1]}")
+    return lengths
 
 
 def adapter_parameters(model):

@@ -8,6 +8,7 @@ the paper has not, is asked for by name: --layerwise sequential, --loss kl.
 
 import hashlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -219,6 +220,8 @@ def kl_to_full(model, samples, micro_batch=4):
             sparse = embeddings(model, batch.tokens)[:, :-1][followed]
         total += float(kl_divergence(model, sparse, full))
         count += len(full)
+    if not math.isfinite(total):
+        raise overflow(model.dtype)
     if count == 0:
         raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
     return total / count
@@ -300,8 +303,10 @@ def adam_memory(optimizer, parameters):
 
 def overflow(dtype):
     """The error for numbers that are infinite or no numbers."""
-    return ValueError(f"overflow: a number is not finite in {dtype}; try --dtype bfloat16 or "
-                      "float32, and if it stays so, a lower learning rate")
+    if dtype == torch.float16:
+        return ValueError("overflow: a number is not finite in torch.float16; try --dtype bfloat16")
+    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the learning "
+                      "rate is too high")
 
 
 # ---- several processes: beyond/several_devices.py starts them; here there is one
@@ -590,11 +595,11 @@ def distill(args, load=sample.load, shard=None):
 
 def print_row(row, out, first):
     """Print a row of the table as soon as it is measured, below the names if it is the first."""
-    widths = [max(12, len(name)) for name in row]
-    if first:
-        print("\n" + "  ".join(map(str.rjust, row, widths)), file=out)
     cells = [sample.format_cell(value) for value in row.values()]
-    print("  ".join(map(str.rjust, cells, widths)), file=out, flush=True)
+    for line in [list(row), cells] if first else [cells]:
+        widths = [24] + [max(9, len(name)) for name in row][1:]
+        line[0] = line[0].ljust(24)
+        print("  ".join(map(str.rjust, line, widths)), file=out, flush=True)
 
 
 def main():

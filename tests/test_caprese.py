@@ -685,8 +685,8 @@ def test_what_runs_in_inference_mode_can_be_trained_afterwards(device):
     assert torch.equal(generate(model, tokens[:, :5], 4), expected)
 
 
-@pytest.mark.parametrize("lengths", [[0, 5], [5, 13], [5], [[5, 5]]])
+@pytest.mark.parametrize("lengths", [[0, 5], [5, 13], [5], [[5, 5]], [5.0, 5.0]])
 def test_prompt_lengths_lie_in_the_tokens(lengths, device):
     model, tokens = attached(device, "griffin"), tiny.tokens(2, 12, device=device)
-    with pytest.raises(ValueError, match="prompt_lengths must be 2 numbers in 1..12"):
+    with pytest.raises(ValueError, match="prompt_lengths must be 2 whole numbers in 1..12"):
         caprese.teacher_forced(model, tokens, lengths)
