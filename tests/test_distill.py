@@ -358,7 +358,7 @@ def test_e2e_loss_and_gradients_equal_a_plain_computation(method, loss, device):
     model.zero_grad()
     found = distill.e2e_backward(model, data.collate(samples(9), range(9), device),
                                  DISTANCES[loss])
-    assert float(found) == pytest.approx(float(total), rel=1e-4)
+    assert float(found) == pytest.approx(total.item(), rel=1e-4)
     # Sums over the tokens in another order, in float32, of entries up to 100.
     assert_close(gradients(model), wanted, rtol=1e-3, atol=1e-3)
     assert len(wanted) == 8 and all(gradient.any() for gradient in wanted.values())
@@ -791,22 +791,21 @@ def test_rows_are_printed_when_they_are_measured(tmp_path, command, monkeypatch,
 
 
 def test_without_a_terminal_progress_is_lines(tmp_path, command, monkeypatch):
-    """One at least in every stage, and in each a share of the steps."""
-    monkeypatch.setattr(sample.ProgressLines, "__init__", every_step)
-    code, _, err = command("--samples", 16, "--eval-samples", 1, "--e2e-batch-size", 4, "--out",
-                           tmp_path / "a")
-    assert code == 0
-    lines = [line for line in re.split(r"[\r\n]+", err) if line]
-    assert all(re.match(r"(maths|reading|closed form|E2E): +\d+% ", line) for line in lines)
-    e2e = [line for line in lines if line.startswith("E2E")]
+    """They tell the stage, the share of its steps, the loss and the time that is left."""
+    tqdm = sample.tqdm
+
+    def at_once(steps, **settings):
+        return tqdm(steps, **settings | {"miniters": 1, "mininterval": 0})
+
+    monkeypatch.setattr(sample, "tqdm", at_once)
+    file = problem_file(tmp_path / "seen.jsonl")
+    code, _, err = command("--model", sample.BUNDLED, "--data", file, "--eval-data", file, "--rank",
+                           8, "--e2e-epochs", 1, "--e2e-batch-size", 4, "--out", tmp_path / "a")
+    assert code == 0 and "\r" not in err
+    assert all(re.match(r"(KL|closed form|E2E): +\d+% ", line) for line in err.splitlines())
+    e2e = [line for line in err.splitlines() if line.startswith("E2E")]
     assert [re.search(r"(\d+)%", line)[1] for line in e2e[:4]] == ["0", "25", "50", "75"]
-    assert re.search(r"loss=\d", e2e[3]) and "<" in e2e[3]  # the loss, and the time that is left
-
-
-def every_step(bar, *args, total, **settings):
-    """ProgressLines, but with a line after every step."""
-    super(sample.ProgressLines, bar).__init__(*args, total=total, miniters=1, mininterval=0,
-                                              ncols=0, **settings)
+    assert re.search(r"<\d\d:\d\d.*loss=\d", e2e[3])
 
 
 def test_another_model_is_measured_by_its_distance_to_the_full_one(tmp_path, command):
@@ -861,19 +860,24 @@ def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, nam
     assert name == "model" or "sparse + Caprese" in text
 
 
-def test_a_block_of_one_s_own_stands_in_the_table(tmp_path, command, monkeypatch):
-    """With its own name, its own selection, and beside the same full model."""
+@pytest.mark.parametrize("block, stages", [
+    ("OwnStatistic", ("--e2e-epochs", 0)), ("NonLinear", ("--layerwise", "none"))])
+def test_a_block_of_one_s_own_stands_in_the_table(tmp_path, command, monkeypatch, block, stages):
+    """By its own name, beside the full model; what cannot be fitted in closed form, by Adam."""
     monkeypatch.syspath_prepend(ROOT / "tests")
-    rows = {}
-    for block in ("OwnStatistic", "NonLinear"):
-        layerwise = "closed" if block == "OwnStatistic" else "adam"
-        code, out, err = command(*QUICK, "--block", f"test_distill:{block}", "--layerwise",
-                                 layerwise, "--json", "--out", tmp_path / block)
-        assert code == 0, err
-        rows[block] = json.loads(out)["rows"]
-        assert rows[block][1]["method"] == f"test_distill:{block}"
-        assert caprese.read_adapter(tmp_path / block)[1]["method"] == f"test_distill:{block}"
-        assert rows[block][2]["unexplained"] < 1
+    file = problem_file(tmp_path / "seen.jsonl")
+    words = ("--model", sample.BUNDLED, "--data", file, "--eval-data", file, "--rank", 8,
+             "--e2e-epochs", 1, "--e2e-lr", 1e-3, "--block", f"test_distill:{block}", "--json")
+    code, out, err = command(*words, *stages, "--out", tmp_path / "a")
+    assert code == 0, err
+    full, sparse, corrected = json.loads(out)["rows"]
+    assert sparse["method"] == f"test_distill:{block}" and f"test_distill:{block}" in table(err)
+    assert caprese.read_adapter(tmp_path / "a")[1]["method"] == f"test_distill:{block}"
+    assert full["seen kl"] == 0 < corrected["seen kl"] < sparse["seen kl"]
+
+
+def test_a_block_without_a_closed_form_is_refused_by_it(tmp_path, command, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tests")
     code, _, err = command(*QUICK, "--block", "test_distill:NonLinear", "--out", tmp_path / "a")
     assert code == 2 and "--layerwise adam" in err.splitlines()[-1]
     assert not (tmp_path / "a").exists()
@@ -921,10 +925,10 @@ def test_the_two_starting_lines_say_what_will_be_done():
     for part in ("cats, density 0.7", "rank 40", "the bundled model", "1 x ", "(7)", "closed",
                  "(8)", "mse", "1 epochs", "batches of 32", "0.002"):
         assert part in text
-    for words, missing in ((("--layerwise", "none"), "layer-wise"), (("--e2e-epochs", "0"), "E2E")):
-        text = distill.describe(distill.arguments(words))
-        assert missing not in text and "end-to-end" in text or missing == "E2E"
-    assert "end-to-end" not in text  # with 0 epochs
+    text = distill.describe(distill.arguments(["--layerwise", "none"]))
+    assert "layer-wise" not in text and "end-to-end" in text
+    text = distill.describe(distill.arguments(["--e2e-epochs", "0"]))
+    assert "layer-wise" in text and "end-to-end" not in text
 
 
 @pytest.mark.parametrize("flag", ["--data", "--eval-data"])
@@ -997,25 +1001,27 @@ def interrupted(command, monkeypatch, where, *words):
     return err
 
 
-@pytest.mark.parametrize("where", ["closed_form", "e2e_backward"])
 @pytest.mark.parametrize("more", [(), ("--resume",)], ids=["same-command", "resume"])
-def test_the_same_command_goes_on_by_itself(tmp_path, command, monkeypatch, where, more):
+def test_the_same_command_goes_on_by_itself(tmp_path, command, monkeypatch, more):
     """And ends as if it had not been interrupted; what was measured before is printed again."""
-    words = ("--device", "cpu", "--samples", 16, "--eval-samples", 1, "--e2e-batch-size", 8)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    file, whole, parts = (tmp_path / name for name in ("seen.jsonl", "whole", "parts"))
+    problem_file(file)
+    words = ("--device", "cpu", "--model", sample.BUNDLED, "--data", file, "--eval-data", file,
+             "--rank", 8, "--e2e-epochs", 1, "--e2e-batch-size", 4, "--save-every", 1)
     code, expected, _ = command(*words, "--json", "--out", whole)
     assert code == 0
-    interrupted(command, monkeypatch, where, *words, "--out", parts)
+    interrupted(command, monkeypatch, "closed_form", *words, "--out", parts)
+    interrupted(command, monkeypatch, "e2e_backward", *words, "--out", parts, *more)
     code, out, err = command(*words, "--json", "--out", parts, *more)
     assert code == 0
-    assert f"Going on from {parts}.state" in err and "--fresh" in err
+    assert f"Going on from {parts}.state: E2E, step 0" in err and "--fresh" in err
     assert whole.read_bytes() == parts.read_bytes()
     rows, wanted = json.loads(out)["rows"], json.loads(expected)["rows"]
     for row in rows + wanted:
         row.pop("seconds")
     assert rows == wanted
     assert list(table(err)) == ["method", "full", "griffin", "+ layer-wise", "+ E2E"]
-    assert {file.name for file in tmp_path.iterdir()} == {"whole", "parts"}
+    assert {found.name for found in tmp_path.iterdir()} == {"seen.jsonl", "whole", "parts"}
 
 
 @pytest.mark.parametrize("changed, named", [
@@ -1112,10 +1118,13 @@ def interrupt(at, how, *words, file):
 @pytest.mark.slow
 @pytest.mark.parametrize("layerwise, points", [
     ("closed", [(("layer-wise", 0), signal.SIGKILL), (("E2E", 2), signal.SIGKILL)]),
-    ("sequential", [(("layer-wise", 2), signal.SIGINT), (("E2E", 5), signal.SIGTERM)]),
-    ("adam", [(("layer-wise", 3), signal.SIGTERM), (("E2E", 0), signal.SIGKILL)]),
+    ("adam", [(("layer-wise", 3), signal.SIGTERM), (("E2E", 0), signal.SIGINT)]),
 ])
 def test_killed_and_resumed_is_bit_identical(tmp_path, layerwise, points):
+    kill_and_resume(tmp_path, layerwise, points)
+
+
+def kill_and_resume(tmp_path, layerwise, points):
     """Whatever stage the signals meet: the same command goes on from the last checkpoint."""
     whole, file = tmp_path / "whole", tmp_path / "a.safetensors"
     short = (*SHORT, "--layerwise", layerwise)

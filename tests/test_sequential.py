@@ -1,10 +1,12 @@
 """Layer-wise block by block. Run: python -m pytest tests/test_sequential.py"""
 
+import signal
+
 import pytest
 import tiny
 import torch
-from test_distill import (NonLinear, OwnStatistic, attached, energy, learned, one_by_one,
-                          overflowing, samples, svd_solution)
+from test_distill import (NonLinear, OwnStatistic, attached, energy, kill_and_resume, learned,
+                          one_by_one, overflowing, samples, svd_solution)
 
 import caprese
 import data
@@ -172,3 +174,9 @@ def test_a_model_of_transformers_is_refused(device):
 def test_overflow_is_called_overflow(device):
     with pytest.raises(ValueError, match="overflow.*float16"):
         sequential.fit(overflowing(device), samples(), 10)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    kill_and_resume(tmp_path, "sequential",
+                    [(("layer-wise", 2), signal.SIGINT), (("E2E", 5), signal.SIGTERM)])
