@@ -253,11 +253,11 @@ def test_fit_closed_form_is_the_optimum_of_every_block(method, device):
         assert found < 0.99 * e.square().sum()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", caprese.METHODS)
 def test_the_closed_form_leaves_no_more_than_adam(method, device):
     model = attached(method, device)
     assert distill.unexplained(model, samples()) == pytest.approx(1)  # R is zero
-    distill.train_layerwise(model, samples(), lr=1e-2, batch_size=16)
+    distill.train_layerwise(model, samples(), lr=1e-2, epochs=10, batch_size=16)
     by_adam = {ff: ff_unexplained(model, ff) for ff in caprese.sparse_layers(model).values()}
     distill.fit_closed_form(model, data.batches(samples(), 16, device))
     for ff, fraction in by_adam.items():
@@ -327,7 +327,7 @@ def test_e2e_starts_from_the_sparse_method_lowers_its_loss_and_touches_only_L_an
         before = (p * (p / q).log()).sum().item()
     first = distill.e2e_backward(model, batch, DISTANCES[loss])
     assert float(first) == pytest.approx(before, rel=1e-4)  # R = 0
-    distill.train_end_to_end(model, samples(), lr=1e-2, epochs=20, batch_size=10, loss=loss)
+    distill.train_end_to_end(model, samples(), lr=1e-2, epochs=10, batch_size=10, loss=loss)
     assert set(gradients(model)) == {f"model.layers.{i}.mlp.{name}" for i in (0, 1)
                                      for name in "LR"}
     assert distill.e2e_backward(model, batch, DISTANCES[loss]) < 0.8 * before
@@ -675,7 +675,7 @@ def test_a_step_that_is_no_number_ends_the_training_and_keeps_the_last_good_stat
         return loss
 
     monkeypatch.setattr(distill, "e2e_backward", backward)
-    with pytest.raises(ValueError, match="overflow.*learning rate"):
+    with pytest.raises(ValueError, match="not finite in torch.float32.*learning rate"):
         distill.train_end_to_end(model, samples(), 1e-3, 2, 10, micro_batch=10, save_every=1,
                                  checkpoint=distill.Checkpoint(tmp_path / "state", {}))
     assert len(calls) == 4
@@ -750,7 +750,7 @@ def table(text):
 
 def test_command_prints_the_table_and_writes_an_adapter(tmp_path, command):
     file = tmp_path / "a.safetensors"
-    code, out, err = command("--samples", 96, "--eval-samples", 16, "--e2e-epochs", 1, "--json",
+    code, out, err = command("--samples", 96, "--eval-samples", 10, "--e2e-epochs", 1, "--json",
                              "--out", file)
     assert code == 0
     rows = json.loads(out)["rows"]
@@ -764,7 +764,7 @@ def test_command_prints_the_table_and_writes_an_adapter(tmp_path, command):
     assert rows[0]["added_parameters_percent"] == rows[1]["added_parameters_percent"] == 0
     assert 0 < rows[2]["added_parameters_percent"] <= 2
     for row in rows:
-        for kind, count in (("math", 16), ("reading", 8)):
+        for kind, count in (("math", 10), ("reading", 5)):
             error = sample.standard_error(row[f"{kind}_accuracy"], count)
             assert row[f"{kind}_error"] == error > 0
     assert rows[0]["math_accuracy"] > rows[1]["math_accuracy"] + 0.3
@@ -798,9 +798,9 @@ def test_without_a_terminal_progress_is_lines(tmp_path, command, monkeypatch):
         return tqdm(steps, **settings | {"miniters": 1, "mininterval": 0})
 
     monkeypatch.setattr(sample, "tqdm", at_once)
-    file = problem_file(tmp_path / "seen.jsonl")
+    file = problem_file(tmp_path / "seen.jsonl", 8)
     code, _, err = command("--model", sample.BUNDLED, "--data", file, "--eval-data", file, "--rank",
-                           8, "--e2e-epochs", 1, "--e2e-batch-size", 4, "--out", tmp_path / "a")
+                           8, "--e2e-epochs", 1, "--e2e-batch-size", 2, "--out", tmp_path / "a")
     assert code == 0 and "\r" not in err
     assert all(re.match(r"(KL|closed form|E2E): +\d+% ", line) for line in err.splitlines())
     e2e = [line for line in err.splitlines() if line.startswith("E2E")]
@@ -865,7 +865,7 @@ def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, nam
 def test_a_block_of_one_s_own_stands_in_the_table(tmp_path, command, monkeypatch, block, stages):
     """By its own name, beside the full model; what cannot be fitted in closed form, by Adam."""
     monkeypatch.syspath_prepend(ROOT / "tests")
-    file = problem_file(tmp_path / "seen.jsonl")
+    file = problem_file(tmp_path / "seen.jsonl", 8)
     words = ("--model", sample.BUNDLED, "--data", file, "--eval-data", file, "--rank", 8,
              "--e2e-epochs", 1, "--e2e-lr", 1e-3, "--block", f"test_distill:{block}", "--json")
     code, out, err = command(*words, *stages, "--out", tmp_path / "a")
@@ -1001,18 +1001,17 @@ def interrupted(command, monkeypatch, where, *words):
     return err
 
 
-@pytest.mark.parametrize("more", [(), ("--resume",)], ids=["same-command", "resume"])
-def test_the_same_command_goes_on_by_itself(tmp_path, command, monkeypatch, more):
+def test_the_same_command_goes_on_by_itself(tmp_path, command, monkeypatch):
     """And ends as if it had not been interrupted; what was measured before is printed again."""
     file, whole, parts = (tmp_path / name for name in ("seen.jsonl", "whole", "parts"))
-    problem_file(file)
+    problem_file(file, 6)
     words = ("--device", "cpu", "--model", sample.BUNDLED, "--data", file, "--eval-data", file,
-             "--rank", 8, "--e2e-epochs", 1, "--e2e-batch-size", 4, "--save-every", 1)
+             "--rank", 8, "--e2e-epochs", 1, "--e2e-batch-size", 2, "--save-every", 1)
     code, expected, _ = command(*words, "--json", "--out", whole)
     assert code == 0
     interrupted(command, monkeypatch, "closed_form", *words, "--out", parts)
-    interrupted(command, monkeypatch, "e2e_backward", *words, "--out", parts, *more)
-    code, out, err = command(*words, "--json", "--out", parts, *more)
+    interrupted(command, monkeypatch, "e2e_backward", *words, "--out", parts)
+    code, out, err = command(*words, "--json", "--out", parts, "--resume")
     assert code == 0
     assert f"Going on from {parts}.state: E2E, step 0" in err and "--fresh" in err
     assert whole.read_bytes() == parts.read_bytes()
@@ -1051,30 +1050,36 @@ def test_other_settings_or_data_do_not_go_on_and_are_named(tmp_path, command, mo
     assert (tmp_path / "a.state").read_bytes() == before
 
 
-def test_what_changes_no_number_may_be_another_one(tmp_path, command, monkeypatch):
-    words = [*QUICK, "--out", tmp_path / "a"]
-    interrupted(command, monkeypatch, "closed_form", *words)
+@pytest.fixture
+def quick(tmp_path):
+    """Flags of a run that measures little."""
+    file = problem_file(tmp_path / "seen.jsonl", 4)
+    return (*QUICK, "--model", sample.BUNDLED, "--data", file, "--rank", 16)
+
+
+def test_what_changes_no_number_may_be_another_one(tmp_path, command, monkeypatch, quick):
+    interrupted(command, monkeypatch, "closed_form", *quick, "--out", tmp_path / "a")
+    (tmp_path / "seen.jsonl").rename(tmp_path / "moved.jsonl")
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(*QUICK, "--out", "./a", "--json", "--save-every", 3,
-                             "--gradient-checkpointing")
+    moved = [word if word != tmp_path / "seen.jsonl" else "moved.jsonl" for word in quick]
+    code, _, err = command(*moved, "--out", "./a", "--json", "--save-every", 3,
+                           "--gradient-checkpointing")
     assert code == 0 and "Going on" in err
 
 
-def test_fresh_starts_anew(tmp_path, command, monkeypatch):
-    words = [*QUICK, "--out", tmp_path / "a"]
-    interrupted(command, monkeypatch, "closed_form", *words)
-    code, out, _ = command(*words, "--rank", 8, "--fresh")
+def test_fresh_starts_anew(tmp_path, command, monkeypatch, quick):
+    interrupted(command, monkeypatch, "closed_form", *quick, "--out", tmp_path / "a")
+    code, out, _ = command(*quick, "--out", tmp_path / "a", "--rank", 8, "--fresh")
     assert code == 0 and "Going on" not in out
     assert not (tmp_path / "a.state").exists()
     tensors, _ = caprese.load_tensors(tmp_path / "a")
     assert tensors["model.layers.0.mlp.L"].shape == (128, 8)
 
 
-def test_a_finished_run_says_so(tmp_path, command):
-    words = [*QUICK, "--out", tmp_path / "a"]
-    assert command(*words)[0] == 0
+def test_a_finished_run_says_so(tmp_path, command, quick):
+    assert command(*quick, "--out", tmp_path / "a")[0] == 0
     before = (tmp_path / "a").read_bytes()
-    code, _, err = command(*words, "--resume")
+    code, _, err = command(*quick, "--out", tmp_path / "a", "--resume")
     assert code == 2 and len(err.splitlines()) == 1
     assert "nothing to resume" in err and "finished" in err
     assert (tmp_path / "a").read_bytes() == before
