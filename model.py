@@ -9,7 +9,7 @@ The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config a
 import json
 import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 # ---- config.json
 
 # What a key means where config.json leaves it out: to every family, and to one.
-DEFAULTS = {"attention_bias": False, "dtype": "float32", "hidden_act": "silu", "rope_theta": 10000.0,
-            "sliding_window": None, "use_sliding_window": False, "max_window_layers": 28,
-            "max_position_embeddings": 2048, "num_key_value_heads": None}
+DEFAULTS = {"hidden_act": "silu", "rope_theta": 10000.0, "dtype": "float32",
+            "attention_bias": False, "use_sliding_window": False, "max_window_layers": 28}
 FAMILY_DEFAULTS = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -38,32 +37,28 @@ FAMILY_DEFAULTS = {
                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                "hidden_activation": "gelu_pytorch_tanh"},
 }
-# What a family's code does whatever config.json says.
+# What a family's own code does, whatever config.json says.
 FAMILY_RULES = {
     "llama": {"use_sliding_window": False},
     "mistral": {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": False},
     "qwen2": {"attention_bias": True, "o_bias": False},
     "qwen3": {"qk_norm": True},
-    "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "every_second_layer": True,
+    "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "every_other_layer": True,
                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
 }
-# null is a value of these keys: no window, no cap, as many as query heads. Elsewhere it is absence.
+# A null is a value of these keys: no window, no cap, as many as heads. Of others it is no value.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
-NOT_IMPLEMENTED = ("mlp_bias", "use_bidirectional_attention", "quantization_config", "quantization",
-                   "compression_config")
-REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads")
-WHOLE_NUMBERS = (*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings",
-                 "sliding_window", "original_max_position_embeddings")
-NUMBERS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
-           "final_logit_softcapping", "factor", "low_freq_factor", "high_freq_factor")
-SWITCHES = ("tie_word_embeddings", "attention_bias", "use_sliding_window")
+LLAMA3_RULE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NOT_IMPLEMENTED = ("mlp_bias", "use_bidirectional_attention", "quantization_config", "quantization")
 
 
 @dataclass
 class Config:
-    """The fields of config.json that change the numbers, defaults of the family filled in."""
+    """The fields of config.json that change the numbers, defaults of the family filled in.
+
+    Raises ValueError on values that make no model.
+    """
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -72,12 +67,11 @@ class Config:
     num_key_value_heads: int
     head_dim: int
     windows: tuple  # for each layer its sliding window, or None for full attention
-    max_position_embeddings: int
-    rope_theta: float
-    rope_scaling: dict | None       # Llama 3.1's four numbers; see rope_frequencies
-    hidden_act: str
-    dtype: torch.dtype              # of the checkpoint
+    max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
+    rope_theta: float | int = 10000.0
+    rope_scaling: dict | None = None  # the four numbers of the llama3 rule
+    hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False    # of q, k and v
     o_bias: bool = False
@@ -85,9 +79,19 @@ class Config:
     scale_embeddings: bool = False  # Gemma: embeddings times sqrt(D)
     norm_plus_one: bool = False     # Gemma: the norm's weight is stored minus one
     post_norms: bool = False        # Gemma 2: a norm after attention and after the MLP as well
-    query_pre_attn_scalar: float | None = None  # attention scale: this (or d) to the power -1/2
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    query_pre_attn_scalar: float | int | None = None  # attention scale: this (or d) to the -1/2
+    attn_logit_softcapping: float | int | None = None
+    final_logit_softcapping: float | int | None = None
+    dtype: torch.dtype = torch.float32  # of the checkpoint
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            bad_number = type(value) in (int, float) and not 0 < value < math.inf
+            if bad_number or not isinstance(value, field.type):
+                raise ValueError(f"{field.name} is {value!r}, not positive or of wrong type")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise ValueError("num_key_value_heads does not divide the heads, or head_dim is odd")
 
     @classmethod
     def from_dict(cls, raw, source="config.json"):
@@ -97,99 +101,75 @@ class Config:
         """
         try:
             values = config_values(raw)
-        except ValueError as error:
-            raise ValueError(f"{source}: {error}") from None
-        return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
+            names = [f.name for f in fields(cls) if f.name in values or f.default is MISSING]
+            return cls(**{name: values[name] for name in names})
+        except KeyError as error:
+            raise ValueError(f"{source} lacks {error}") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ValueError(f"{source} holds a value that cannot be used: {error}") from None
 
 
 def config_values(raw):
-    """The values of Config's fields from a config.json; ValueError on what makes no model."""
-    if not isinstance(raw, dict):
-        raise ValueError("it must hold a JSON object")
+    """The content of a config.json, with all that its family implies."""
     family = one_of("model_type", raw.get("model_type"), FAMILY_DEFAULTS)
+    for key in NOT_IMPLEMENTED:
+        if raw.get(key):
+            raise ValueError(f"{key} is not implemented")
     given = {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
     values = DEFAULTS | FAMILY_DEFAULTS[family] | given | FAMILY_RULES[family]
-    values |= rope_object(values)
-    check(values)
-    H = values["num_attention_heads"]
-    values["num_key_value_heads"] = values["num_key_value_heads"] or H
-    values.setdefault("head_dim", values["hidden_size"] // H)
-    if H % values["num_key_value_heads"] or values["head_dim"] % 2 or not values["head_dim"]:
-        raise ValueError("num_key_value_heads does not divide the heads, or head_dim is odd or 0")
+    values |= rope_values(values)
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    values.setdefault("head_dim", values["hidden_size"] // heads)
+    values.setdefault("o_bias", values["attention_bias"])
+    values["windows"] = layer_windows(values)
     # Gemma 2's code ignores hidden_act, which its first config files carry as well.
     act = values.get("hidden_activation", values["hidden_act"])
     values["hidden_act"] = one_of("hidden_act", act, ACTIVATIONS)
-    values["dtype"] = DTYPES[one_of("dtype", values.get("torch_dtype", values["dtype"]), DTYPES)]
-    values.setdefault("o_bias", values["attention_bias"])
-    values["rope_scaling"] = rope_scaling(values)
-    values["windows"] = layer_windows(values)
+    dtype = raw.get("dtype") or values.get("torch_dtype", values["dtype"])
+    values["dtype"] = DTYPES[one_of("dtype", dtype, DTYPES)]
     return values
 
 
 def one_of(name, value, known):
     """The value, if it is known; else ValueError."""
-    if value not in list(known):
+    if value not in known:
         raise ValueError(f"{name} {value!r} is not one of {', '.join(known)}")
     return value
 
 
-def check(values):
-    """Raise ValueError where a key is missing, not implemented, or has a value of a wrong kind."""
-    for key in NOT_IMPLEMENTED:
-        if values.get(key):
-            raise ValueError(f"{key} is not implemented")
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not implemented")
-    for key in REQUIRED:
-        if key not in values:
-            raise ValueError(f"it lacks {key}")
-    for key in WHOLE_NUMBERS + NUMBERS:
-        value = values.get(key)
-        types = (int,) if key in WHOLE_NUMBERS else (int, float)
-        if value is not None and (type(value) not in types or not 0 < value < math.inf):
-            raise ValueError(f"{key} is {value!r}, not a positive {types[-1].__name__}")
-    for key in SWITCHES:
-        if not isinstance(values.get(key, False), bool):
-            raise ValueError(f"{key} is {values[key]!r}, neither true nor false")
-
-
-def rope_object(values):
-    """What rope_scaling (classic style) or rope_parameters (newer style) holds, or {}."""
+def rope_values(values):
+    """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
-    return rope
-
-
-def rope_scaling(values):
-    """The four numbers of rope type llama3, or None; ValueError on a type that we do not have."""
-    rope_type = values.get("rope_type", values.get("type", "default"))
-    if one_of("rope type", rope_type, ("default", "llama3")) == "default":
-        return None
-    values.setdefault("original_max_position_embeddings", values["max_position_embeddings"])
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    for name in names:
-        if name not in values:
-            raise ValueError(f"rope_scaling lacks {name}")
-    return {name: float(values[name]) for name in names}
+    values = {"original_max_position_embeddings": values.get("max_position_embeddings")} | values
+    values |= rope
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor is not implemented")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    scaling = None
+    if one_of("rope type", rope_type, ("default", "llama3")) == "llama3":
+        scaling = {key: float(values[key]) for key in LLAMA3_RULE}
+    return {"rope_theta": values["rope_theta"], "rope_scaling": scaling}
 
 
 def layer_windows(values):
     """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
-    # Qwen configs carry a window even where it is off.
-    window = values["sliding_window"] if values["use_sliding_window"] else None
-    total = values["num_hidden_layers"]
-    types = values.get("layer_types")
-    if not types:
-        first = values["max_window_layers"]
-        step = 2 if values.get("every_second_layer") else 1
-        slides = range(first, total, step)
-        return tuple(window if layer in slides else None for layer in range(total))
-    if len(types) != total:
-        raise ValueError(f"{len(types)} layer_types for {total} layers")
-    for layer_type in types:
-        one_of("layer type", layer_type, ("sliding_attention", "full_attention"))
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in types)
+    window = None
+    if values["use_sliding_window"]:  # Qwen configs carry a window even where it is off
+        window = values.get("sliding_window")
+    if window is not None and (type(window) is not int or window < 1):
+        raise ValueError(f"sliding_window is {window!r}, not a positive int")
+    layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
+    if types:
+        if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
+            raise ValueError(f"{len(types)} layer_types for {len(layers)} layers: {set(types)}")
+        sliding = [i for i in layers if types[i] == "sliding_attention"]
+    else:
+        step = 2 if values.get("every_other_layer") else 1
+        sliding = layers[values["max_window_layers"]::step]
+    return tuple(window if i in sliding else None for i in layers)
 
 
 # ---- the parts
@@ -539,179 +519,164 @@ class Transformer(nn.Module):
         """
         folder = resolve(path_or_repo_id)
         config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
-        files = find_tensors(folder)
-        if config.tie_word_embeddings and stores_another_head(files):
-            config = replace(config, tie_word_embeddings=False)
+        files = find_tensors(weight_files(folder))
+        weights = read_weights(files, device, dtype or config.dtype)
+        if config.tie_word_embeddings and HEAD in weights:
+            head = weights.pop(HEAD)
+            weights.setdefault(EMBEDDING, head)  # some converters store the head alone
+            if not torch.equal(head, weights[EMBEDDING]):  # the weights count, as in transformers
+                weights[HEAD] = head
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(model, files, folder, device, dtype or config.dtype)
+        expected = model.state_dict()
+        for name, tensor in weights.items():
+            if name not in expected:
+                raise ValueError(f"{files[name]}: unexpected tensor {name}")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{files[name]}: {name} is {list(tensor.shape)}, but config.json "
+                                 f"makes it {list(expected[name].shape)}")
+        lost = [name for name in expected if name not in weights]
+        if lost:
+            raise ValueError(f"{folder} lacks {len(lost)} tensors, {lost[0]} first; "
+                             "is a file missing?")
+        model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
 
 # ---- files
 
-# Fetched from the hub: nothing that would run code, and no weights in other formats.
-REPO_FILES = ["*config.json", "model*.safetensors", "model.safetensors.index.json",
-              "tokenizer.json", "special_tokens*", "*.jinja"]
-INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-PICKLE = ("holds pickled weights, which could run code and are not read: load them in transformers "
-          "and call save_pretrained(), which writes model.safetensors")
-OTHER_LAYOUTS = {  # what a folder may hold in place of a model that is read, and what to do
-    "adapter_config.json": "belongs to a PEFT adapter, which is not read: call merge_and_unload() "
-                           "and save_pretrained() in PEFT, and give the folder that this writes",
-    "*.gguf": "is a GGUF file, which is not read: give the model that it was made from, a folder "
-              "with config.json and model.safetensors",
-    "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE, "*.ckpt": PICKLE,
+INDEX = "model.safetensors.index.json"
+REPO_FILES = ["*config.json", "model*.safetensors", INDEX, "tokenizer.json", "special_tokens*",
+              "*.jinja"]  # what is fetched from the hub
+PICKLE = ("is a pickle, which could run code and is not read: load it in transformers and call "
+          "save_pretrained(), which writes model.safetensors")
+OTHER_LAYOUTS = {  # files of models that are not read: what they are, and what to do
+    "adapter_config.json": "is a PEFT adapter's: call merge_and_unload() and save_pretrained() in "
+                           "PEFT, and give the folder that this writes",
+    "*.gguf": "is a GGUF file, which is not read: give the folder or the hub id of the model that "
+              "it was made from",
+    "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
 }
 
 
+def refuse_pointer(file):
+    """ValueError if the file is the note that Git LFS leaves in place of a large file."""
+    with open(file, "rb") as opened:
+        if opened.read(20) == b"version https://git-":
+            raise ValueError(f"{file} is only a Git LFS pointer: run `git lfs pull` in its folder, "
+                             "or fetch the file again")
+
+
 def read_json(file):
-    """What a JSON file in UTF-8 holds; OSError or ValueError in one line that names the file."""
+    """What a JSON file holds; OSError or ValueError in one line that names it."""
     refuse_pointer(file)
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))  # with or without a mark
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8; save it so, or fetch it again") from None
+        raise ValueError(f"{file} is not text in UTF-8; save it so or fetch it again") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON, and may be cut off: {error}; "
-                         "correct it or fetch it again") from None
-
-
-def refuse_pointer(file):
-    """ValueError if Git LFS has left its note in place of the file."""
-    with open(file, "rb") as opened:
-        if opened.read(20).startswith(b"version https://git-"):
-            raise ValueError(f"{file} is a Git LFS pointer in place of the file itself; run "
-                             "`git lfs pull` in its folder, or fetch it again")
+        raise ValueError(f"{file} is not valid JSON ({error}); correct or fetch it again") from None
 
 
 def resolve(name):
-    """The local folder of a path, or of a hub repo id owner/name (a str) that is no folder here.
+    """The local folder of a model: of a path, or of a hub repo id owner/name (a str).
 
-    Only config, safetensors and tokenizer files are fetched, into the hub's cache, which also
-    serves offline. Raises OSError in one line that says what to do.
+    A folder comes before a repo id. Of a repo only config, safetensors and tokenizer files are
+    fetched, into the hub's cache, which also serves offline. Raises OSError in one line that says
+    what to do, also for a folder that holds no weights that are read.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        check_layout(folder)
-        return folder
     if folder.suffix == ".gguf":
         raise OSError(f"{folder} {OTHER_LAYOUTS['*.gguf']}")
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
-    try:
-        from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(name, allow_patterns=REPO_FILES))
-    except Exception as error:  # proxies, certificates, gates: several libraries' errors
-        first_line = (str(error) or repr(error)).splitlines()[0]
-        raise OSError(f"{name} is no folder here, and the hub did not give it: {first_line} "
-                      "(check spelling and network; a gated repo needs `hf auth login`)") from None
-    check_layout(folder)
+    if not folder.is_dir():
+        folder = fetch(name)
+    has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
+    for pattern, words in OTHER_LAYOUTS.items():
+        for file in folder.glob(pattern):
+            if pattern == "adapter_config.json" or not has_weights:
+                raise OSError(f"{file} {words}")
+    if not has_weights or not (folder / "config.json").exists():
+        missing = "config.json" if has_weights else "model*.safetensors"
+        raise FileNotFoundError(f"{folder / missing} is not there: a folder must hold both the "
+                                "config.json and the safetensors of a model")
     return folder
 
 
-def check_layout(folder):
-    """FileNotFoundError if a folder holds no model in the official layout; it says what it holds."""
-    has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
-    for pattern, words in OTHER_LAYOUTS.items():
-        found = sorted(folder.glob(pattern))
-        if found and (pattern == "adapter_config.json" or not has_weights):
-            raise FileNotFoundError(f"{found[0]} {words}")
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder / 'config.json'} is not there; give the folder of a "
-                                "model, with config.json and model.safetensors")
-    if not has_weights:
-        raise FileNotFoundError(f"{folder} has no model*.safetensors; no other weights are read")
+def fetch(repo_id):
+    """The folder in the hub's cache that holds the files of a repo; OSError in one line."""
+    if not isinstance(repo_id, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
+        raise FileNotFoundError(f"{repo_id} is not a folder, and no hub repo id owner/name either")
+    try:
+        from huggingface_hub import snapshot_download
+        return Path(snapshot_download(repo_id, allow_patterns=REPO_FILES))
+    except Exception as error:  # proxies, certificates, gates: several libraries' errors
+        first_line = (str(error) or repr(error)).splitlines()[0]
+        raise OSError(f"{repo_id} is no folder here, and the hub did not give it: {first_line} "
+                      "(check spelling and network; a gated repo needs `hf auth login`)") from None
 
 
-def find_tensors(folder):
-    """{name of a tensor: the file that holds it} for all weights in a folder.
+def weight_files(folder):
+    """The safetensors files that hold a model's weights together.
 
-    The index, if there is one, says which files are read, whatever they are called. Else it is
-    model.safetensors, else all files of a single variant or of a single set of shards. Raises
-    ValueError or OSError in one line that names the file.
+    They are those that the index names, whatever they are called; else model.safetensors; else all
+    that there are, if they are shards of one set. Raises ValueError or OSError in one line.
     """
-    index = {}
-    if (folder / INDEX).exists():
-        index = {name: folder / file for name, file in read_index(folder / INDEX).items()}
-        files = sorted(set(index.values()))
-    elif (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    else:
-        files = sorted(folder.glob("model*.safetensors"))
-        if len({re.sub(r"-\d+-of-", "-of-", file.name) for file in files}) > 1:
-            raise ValueError(f"{folder} has no {INDEX} to say which of these belong together: "
-                             f"{', '.join(file.name for file in files)}; remove the others")
-    tensors = {}
-    for file in files:
-        for name in open_weights(file).keys():
-            if index.get(name, file) != file:
-                continue  # left over: the index has this tensor in another file
-            if name in tensors:
-                raise ValueError(f"{file}: {name} is also in {tensors[name].name}, and there is "
-                                 f"no {INDEX} to say which one counts")
-            tensors[name] = file
-    return tensors
-
-
-def read_index(file):
-    """{name of a tensor: name of its file} from model.safetensors.index.json."""
-    content = read_json(file)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{file} has no weight_map; fetch it again, or remove it if "
-                         "model.safetensors holds all weights")
-    for name in sorted(set(map(str, weight_map.values()))):
-        if not (file.parent / name).is_file():
-            raise FileNotFoundError(f"{file.parent / name} is not there, but {file.name} says that "
-                                    "it holds weights; fetch it again")
-    return weight_map
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
+        try:
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} has no weight_map of tensors to files; fetch it "
+                             "again") from None
+    if single.exists():
+        return [single]
+    files = sorted(folder.glob("model*.safetensors"))
+    if len({re.sub(r"-\d+-of-", "-of-", file.name) for file in files}) > 1:
+        raise ValueError(f"{folder} needs {INDEX} to say which of its files belong together: "
+                         f"{', '.join(file.name for file in files)}")
+    return files
 
 
 def open_weights(file):
-    """The open safetensors file; ValueError in one line if it is none."""
+    """The open safetensors file; ValueError or OSError in one line if it is none."""
     from safetensors import SafetensorError, safe_open
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there, but {INDEX} names it; fetch it again")
     refuse_pointer(file)
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is cut off or no safetensors file ({error}), "
-                         f"{file.stat().st_size} bytes; fetch it again") from None
+        raise ValueError(f"{file} is cut off, or no safetensors file ({error}); fetch it "
+                         "again") from None
 
 
-def stores_another_head(files):
-    """Whether a checkpoint of a tied model holds a head that differs from the embedding."""
-    if HEAD not in files or EMBEDDING not in files:
-        return False
-    head, embedding = (open_weights(files[name]).get_tensor(name) for name in (HEAD, EMBEDDING))
-    return not torch.equal(head, embedding)
+def find_tensors(files):
+    """{name of a tensor: the file that holds it}; ValueError if two files hold it."""
+    found = {}
+    for file in files:
+        for name in open_weights(file).keys():
+            if name in found:
+                raise ValueError(f"{name} is in {found[name]} and in {file.name}; remove the file "
+                                 "that does not belong there")
+            if not name.endswith("rotary_emb.inv_freq"):  # old converters store this table
+                found[name] = file
+    return found
 
 
-def load_weights(model, files, folder, device, dtype):
-    """Load the tensors that find_tensors found in `folder`, in place of the model's parameters.
+def read_weights(files, device, dtype):
+    """{name: tensor}, given {name: file}. Each tensor goes straight to its device and dtype.
 
-    Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
-    on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
-    in one line that names the tensor and the file.
+    One that is on the CPU and has the dtype stays a private, copy-on-write view of the file.
+    Raises ValueError on a tensor that does not hold floats.
     """
-    expected = model.state_dict()
-    stored_as = {name: name for name in expected}
-    if HEAD not in expected and EMBEDDING not in files:
-        stored_as[EMBEDDING] = HEAD  # some converters store a tied embedding under this name alone
-    for name in files:
-        follows = name.endswith("rotary_emb.inv_freq") or name == HEAD and HEAD not in expected
-        if name not in expected and not follows:
-            raise ValueError(f"{files[name]}: unexpected tensor {name}")
-    lost = [name for name in expected if stored_as[name] not in files]
-    if lost:
-        raise ValueError(f"{folder} lacks {len(lost)} tensors, {lost[0]} first; is a file missing?")
-    state = {}
-    for name, parameter in expected.items():
+    weights = {}
+    for name, file in files.items():
         # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-        tensor = open_weights(files[stored_as[name]]).get_tensor(stored_as[name])
-        if tensor.shape != parameter.shape or tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{files[stored_as[name]]}: {name} is {tensor.dtype} "
-                             f"{list(tensor.shape)}, but must be floats {list(parameter.shape)}")
-        state[name] = tensor.to(device).to(dtype)  # the device casts faster
-    model.load_state_dict(state, assign=True)
+        tensor = open_weights(file).get_tensor(name)
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{file}: {name} is {tensor.dtype}, but must be one of "
+                             f"{', '.join(DTYPES)}; quantized weights are not read")
+        weights[name] = tensor.to(device).to(dtype)  # the device casts faster
+    return weights
