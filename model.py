@@ -111,6 +111,8 @@ class Config:
 
 def config_values(raw):
     """The content of a config.json, with all that its family implies."""
+    if not isinstance(raw, dict):
+        raise ValueError("it must be a JSON object")
     family = one_of("model_type", raw.get("model_type"), FAMILY_DEFAULTS)
     for key in NOT_IMPLEMENTED:
         if raw.get(key):
@@ -588,9 +590,9 @@ def resolve(name):
     what to do, also for a folder that holds no weights that are read.
     """
     folder = Path(name).expanduser()
-    if folder.suffix == ".gguf":
-        raise OSError(f"{folder} {OTHER_LAYOUTS['*.gguf']}")
     if not folder.is_dir():
+        if folder.suffix.lower() == ".gguf":
+            raise OSError(f"{folder} {OTHER_LAYOUTS['*.gguf']}")
         folder = fetch(name)
     has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
     for pattern, words in OTHER_LAYOUTS.items():
