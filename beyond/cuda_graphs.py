@@ -7,8 +7,9 @@ A decode step issues hundreds of small kernels, and on a GPU the host takes long
 than the device to run them. A graph records them once and replays them in one launch. It replays
 the same kernels on the same addresses, which leads to three rules.
 
-* The tokens, the cache and all that the model reads must stay where they are. If a tensor or a
-  module of the model is another one than before, the graphs are recorded anew.
+* The tokens, the cache and all that the model reads must stay where they are. If a parameter or a
+  buffer that a graph reads is no longer the model's, or if a module is another one, the graphs are
+  recorded anew.
 * Nothing may depend on a number that the host knows, such as the cache's max_length. So a recorded
   step reads a fixed number of positions in every row, and a mask hides those that are not filled.
   There is one graph for each such number.
@@ -20,6 +21,8 @@ import math
 import weakref
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import caprese
 from model import Cache
@@ -46,6 +49,26 @@ class GraphCache(Cache):
         self.graphs = {}  # those that were recorded read other tensors
 
 
+class Reads(TorchDispatchMode):
+    """Collects the addresses of the memory that operations within this context read."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                self.addresses.add(address(value))
+        return operation(*args, **kwargs)
+
+
+def address(tensor):
+    """Where the memory begins that a tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
 class Watch:
     """A hook that notes whether the decoder has run: afterwards the model may read other tensors.
 
@@ -70,11 +93,11 @@ class Graphed:
         self.transformer = transformer
         self.watch = Watch()
         transformer.model.register_forward_pre_hook(self.watch)
-        self.version = 0    # counts how often the model has changed
-        self.identity = []  # addresses and shapes of the model's tensors, and its modules
-        self.captured = []  # those tensors, held so that no other one can get their addresses
-        self.last = None    # the newest cache: memory and graphs for the next one
-        self.user = None    # a weak reference to the copy of it that was handed out
+        self.version = 0  # counts how often the model has changed
+        self.layout = []  # the model's modules in this version
+        self.read = []    # its tensors that graphs read; held, so that no other gets their address
+        self.last = None  # the newest cache: memory and graphs for the next one
+        self.user = None  # a weak reference to the copy of it that was handed out
 
     def __getattr__(self, name):
         if name == "transformer":  # a copy that is not filled yet
@@ -125,16 +148,20 @@ class Graphed:
         cache.max_length += 1  # the graph has advanced cache.lengths
         return logits
 
+    def tensors(self):
+        """All parameters and buffers of the model."""
+        return [*self.parameters(), *self.buffers()]
+
     def check(self):
-        """Start a new version if the model has other tensors or modules than before."""
+        """Start a new version if a tensor that graphs read has gone, or a module is another one."""
         self.watch.has_run = False
-        tensors = [*self.parameters(), *self.buffers()]
-        identity = [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
-        identity += list(self.modules())
-        if identity != self.identity:
+        layout = list(self.modules())
+        present = {(address(tensor), tensor.shape) for tensor in self.tensors()}
+        lost = [tensor for tensor in self.read if (address(tensor), tensor.shape) not in present]
+        if lost or layout != self.layout:
             self.version += 1
-            self.identity = identity
-            self.captured = [tensor.detach() for tensor in tensors]
+            self.layout = layout
+            self.read = []
 
     def fixed_step(self, cache, num_keys):
         """A decode step on cache.tokens that reads num_keys positions: logits [B, V]."""
@@ -147,6 +174,16 @@ class Graphed:
             cache.fixed_num_keys = None
             cache.ragged = ragged
 
+    def first_step(self, cache, num_keys):
+        """fixed_step, taken back, which notes the tensors of the model that it reads."""
+        with Reads() as reads:
+            self.fixed_step(cache, num_keys)
+        cache.advance(-1)
+        known = {address(tensor) for tensor in self.read}
+        for tensor in self.tensors():
+            if address(tensor) in reads.addresses - known:
+                self.read.append(tensor.detach())
+
     def capture(self, cache, num_keys):
         """(CUDA graph of fixed_step, the logits that it writes). The cache stays as it is."""
         graph = torch.cuda.CUDAGraph()
@@ -154,8 +191,7 @@ class Graphed:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # once for real: what libraries set up is not recorded
-                self.fixed_step(cache, num_keys)
-                cache.advance(-1)
+                self.first_step(cache, num_keys)
             torch.cuda.current_stream().wait_stream(stream)
             with torch.cuda.graph(graph, stream=stream):
                 logits = self.fixed_step(cache, num_keys)
