@@ -25,8 +25,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 # ---- config.json
 
 # What a key means where config.json leaves it out: to every family, and to one.
-DEFAULTS = {"hidden_act": "silu", "rope_theta": 10000.0, "dtype": "float32",
-            "attention_bias": False, "use_sliding_window": False, "max_window_layers": 28}
+DEFAULTS = {"rope_theta": 10000.0, "attention_bias": False, "use_sliding_window": False,
+            "max_window_layers": 28}
 FAMILY_DEFAULTS = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -46,7 +46,8 @@ FAMILY_RULES = {
     "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "every_other_layer": True,
                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
 }
-# A null is a value of these keys: no window, no cap, as many as heads. Of others it is no value.
+# For these keys null is a value: no window, no cap, as many as query heads. Elsewhere null means
+# that the key is left out.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
 LLAMA3_RULE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -110,7 +111,7 @@ class Config:
 
 
 def config_values(raw):
-    """The content of a config.json, with all that its family implies."""
+    """What a config.json says, together with all that its family implies, as Config names it."""
     if not isinstance(raw, dict):
         raise ValueError("it must be a JSON object")
     family = one_of("model_type", raw.get("model_type"), FAMILY_DEFAULTS)
@@ -119,18 +120,17 @@ def config_values(raw):
             raise ValueError(f"{key} is not implemented")
     given = {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
     values = DEFAULTS | FAMILY_DEFAULTS[family] | given | FAMILY_RULES[family]
-    values |= rope_values(values)
     heads = values["num_attention_heads"]
     values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
     values.setdefault("head_dim", values["hidden_size"] // heads)
     values.setdefault("o_bias", values["attention_bias"])
-    values["windows"] = layer_windows(values)
     # Gemma 2's code ignores hidden_act, which its first config files carry as well.
-    act = values.get("hidden_activation", values["hidden_act"])
+    act = values.get("hidden_activation", values.get("hidden_act", "silu"))
     values["hidden_act"] = one_of("hidden_act", act, ACTIVATIONS)
-    dtype = raw.get("dtype") or values.get("torch_dtype", values["dtype"])
+    dtype = values.get("dtype", values.get("torch_dtype", "float32"))
     values["dtype"] = DTYPES[one_of("dtype", dtype, DTYPES)]
-    return values
+    values["windows"] = layer_windows(values)
+    return values | rope_values(values)
 
 
 def one_of(name, value, known):
@@ -145,22 +145,21 @@ def rope_values(values):
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
-    values = {"original_max_position_embeddings": values.get("max_position_embeddings")} | values
-    values |= rope
-    if values.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor is not implemented")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None
-    if one_of("rope type", rope_type, ("default", "llama3")) == "llama3":
-        scaling = {key: float(values[key]) for key in LLAMA3_RULE}
-    return {"rope_theta": values["rope_theta"], "rope_scaling": scaling}
+    one_of("rope type", rope_type, ("default", "llama3"))
+    rope = {"original_max_position_embeddings": values.get("max_position_embeddings"),
+            "rope_theta": values["rope_theta"],
+            "partial_rotary_factor": values.get("partial_rotary_factor", 1.0)} | rope
+    if rope["partial_rotary_factor"] != 1.0:
+        raise ValueError("partial_rotary_factor is not implemented")
+    scaling = {key: float(rope[key]) for key in LLAMA3_RULE} if rope_type == "llama3" else None
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def layer_windows(values):
     """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
-    window = None
-    if values["use_sliding_window"]:  # Qwen configs carry a window even where it is off
-        window = values.get("sliding_window")
+    # Qwen configs carry a window even where it is off.
+    window = values.get("sliding_window") if values["use_sliding_window"] else None
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}, not a positive int")
     layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
@@ -265,8 +264,8 @@ class Cache:
         Raises ValueError if they do not fit.
         """
         if self.max_length + T > self.capacity:
-            raise ValueError(f"the cache has room for {self.capacity} tokens in each row, but "
-                             f"{self.max_length + T} were to be stored")
+            raise ValueError(f"the cache has room for {self.capacity} tokens in a row, not for "
+                             f"{self.max_length + T}")
         return self.max_length + T
 
     def write(self, layer, k, v, positions):
@@ -432,9 +431,8 @@ class Decoder(nn.Module):
         try:
             x = self.embed_tokens(tokens)
         except IndexError:
-            raise ValueError(f"token ids from {int(tokens.min())} to {int(tokens.max())}, but the "
-                             f"model has embeddings of 0 to {self.config.vocab_size - 1}; does the "
-                             "tokenizer belong to another model?") from None
+            raise ValueError(f"token ids {tokens.min()} to {tokens.max()}, but embeddings of 0 to "
+                             f"{self.config.vocab_size - 1}: another model's tokenizer?") from None
         if self.config.scale_embeddings:  # by a factor rounded to the dtype, as Gemma does
             x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)
         return x
@@ -516,32 +514,28 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
         """Load a folder in the official layout, or a hub repo id.
 
-        dtype None keeps the checkpoint's own. Raises ValueError or OSError in one line that says
-        which file or tensor is at fault and what to do.
+        dtype None keeps the one that config.json names. A head that is stored beside a tied
+        embedding and differs from it is used, as in transformers. Raises ValueError or OSError in
+        one line that says which file or tensor is at fault and what to do.
         """
         folder = resolve(path_or_repo_id)
         config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
-        files = find_tensors(weight_files(folder))
-        weights = read_weights(files, device, dtype or config.dtype)
+        weights = read_weights(folder, device, dtype or config.dtype)
         if config.tie_word_embeddings and HEAD in weights:
             head = weights.pop(HEAD)
             weights.setdefault(EMBEDDING, head)  # some converters store the head alone
-            if not torch.equal(head, weights[EMBEDDING]):  # the weights count, as in transformers
+            if not torch.equal(head, weights[EMBEDDING]):  # what is stored counts
                 weights[HEAD] = head
                 config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)
-        expected = model.state_dict()
-        for name, tensor in weights.items():
-            if name not in expected:
-                raise ValueError(f"{files[name]}: unexpected tensor {name}")
-            if tensor.shape != expected[name].shape:
-                raise ValueError(f"{files[name]}: {name} is {list(tensor.shape)}, but config.json "
-                                 f"makes it {list(expected[name].shape)}")
-        lost = [name for name in expected if name not in weights]
-        if lost:
-            raise ValueError(f"{folder} lacks {len(lost)} tensors, {lost[0]} first; "
-                             "is a file missing?")
+        found = {name: list(tensor.shape) for name, tensor in weights.items()}
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in found | expected:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{folder}: {name} is {found.get(name, 'missing')} in the files, "
+                                 f"but {expected.get(name, 'unknown')} by config.json; is a file "
+                                 "missing, or from another model?")
         model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -552,19 +546,17 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 REPO_FILES = ["*config.json", "model*.safetensors", INDEX, "tokenizer.json", "special_tokens*",
               "*.jinja"]  # what is fetched from the hub
-PICKLE = ("is a pickle, which could run code and is not read: load it in transformers and call "
-          "save_pretrained(), which writes model.safetensors")
-OTHER_LAYOUTS = {  # files of models that are not read: what they are, and what to do
-    "adapter_config.json": "is a PEFT adapter's: call merge_and_unload() and save_pretrained() in "
-                           "PEFT, and give the folder that this writes",
-    "*.gguf": "is a GGUF file, which is not read: give the folder or the hub id of the model that "
-              "it was made from",
-    "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
+GGUF = "is a GGUF file, which is not read: give the model that it was made from"
+PICKLE = "is a pickle, which is not read: load it in transformers and save it by save_pretrained()"
+OTHER_LAYOUTS = {  # files of models that are not read, and what to say of them
+    "adapter_config.json": "is of a PEFT adapter: in PEFT call merge_and_unload(), then "
+                           "save_pretrained(), and give the folder that this writes",
+    "*.gguf": GGUF, "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
 }
 
 
 def refuse_pointer(file):
-    """ValueError if the file is the note that Git LFS leaves in place of a large file."""
+    """ValueError if the file is the note that Git LFS puts in place of a file not fetched yet."""
     with open(file, "rb") as opened:
         if opened.read(20) == b"version https://git-":
             raise ValueError(f"{file} is only a Git LFS pointer: run `git lfs pull` in its folder, "
@@ -575,7 +567,7 @@ def read_json(file):
     """What a JSON file holds; OSError or ValueError in one line that names it."""
     refuse_pointer(file)
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8-sig"))  # with or without a mark
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not text in UTF-8; save it so or fetch it again") from None
     except ValueError as error:
@@ -583,16 +575,15 @@ def read_json(file):
 
 
 def resolve(name):
-    """The local folder of a model: of a path, or of a hub repo id owner/name (a str).
+    """The local folder of a model, given its path or, if there is no such folder, its hub repo id.
 
-    A folder comes before a repo id. Of a repo only config, safetensors and tokenizer files are
-    fetched, into the hub's cache, which also serves offline. Raises OSError in one line that says
-    what to do, also for a folder that holds no weights that are read.
+    A repo id is a str owner/name. Raises OSError in one line that says what to do, also for a
+    folder that does not hold a model in the official layout.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
         if folder.suffix.lower() == ".gguf":
-            raise OSError(f"{folder} {OTHER_LAYOUTS['*.gguf']}")
+            raise OSError(f"{folder} {GGUF}")
         folder = fetch(name)
     has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
     for pattern, words in OTHER_LAYOUTS.items():
@@ -607,7 +598,10 @@ def resolve(name):
 
 
 def fetch(repo_id):
-    """The folder in the hub's cache that holds the files of a repo; OSError in one line."""
+    """The folder of the hub's cache that holds REPO_FILES of a repo; the cache serves offline too.
+
+    Raises OSError in one line that says what to do.
+    """
     if not isinstance(repo_id, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
         raise FileNotFoundError(f"{repo_id} is not a folder, and no hub repo id owner/name either")
     try:
@@ -620,10 +614,11 @@ def fetch(repo_id):
 
 
 def weight_files(folder):
-    """The safetensors files that hold a model's weights together.
+    """The safetensors files that together hold the weights of a model.
 
-    They are those that the index names, whatever they are called; else model.safetensors; else all
-    that there are, if they are shards of one set. Raises ValueError or OSError in one line.
+    If there is an index, they are those that it names, whatever they are called. Else it is
+    model.safetensors. Else they are all model*.safetensors, which must be shards of one set. Raises
+    ValueError in one line.
     """
     index, single = folder / INDEX, folder / "model.safetensors"
     if index.exists():
@@ -654,31 +649,22 @@ def open_weights(file):
                          "again") from None
 
 
-def find_tensors(files):
-    """{name of a tensor: the file that holds it}; ValueError if two files hold it."""
-    found = {}
-    for file in files:
-        for name in open_weights(file).keys():
-            if name in found:
-                raise ValueError(f"{name} is in {found[name]} and in {file.name}; remove the file "
-                                 "that does not belong there")
-            if not name.endswith("rotary_emb.inv_freq"):  # old converters store this table
-                found[name] = file
-    return found
-
-
-def read_weights(files, device, dtype):
-    """{name: tensor}, given {name: file}. Each tensor goes straight to its device and dtype.
+def read_weights(folder, device, dtype):
+    """{name: tensor} of all weights in a folder; each goes straight to its device and dtype.
 
     One that is on the CPU and has the dtype stays a private, copy-on-write view of the file.
-    Raises ValueError on a tensor that does not hold floats.
+    Raises ValueError on a tensor that does not hold floats, or that two files hold.
     """
     weights = {}
-    for name, file in files.items():
-        # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-        tensor = open_weights(file).get_tensor(name)
-        if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: {name} is {tensor.dtype}, but must be one of "
-                             f"{', '.join(DTYPES)}; quantized weights are not read")
-        weights[name] = tensor.to(device).to(dtype)  # the device casts faster
+    for file in weight_files(folder):
+        for name in open_weights(file).keys():
+            # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
+            tensor = open_weights(file).get_tensor(name)
+            if tensor.dtype not in DTYPES.values():
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, but only weights in "
+                                 f"{', '.join(DTYPES)} are read")
+            if name in weights:
+                raise ValueError(f"{file}: {name} is in another file as well; remove one of them")
+            if not name.endswith("rotary_emb.inv_freq"):  # a table that old converters store
+                weights[name] = tensor.to(device).to(dtype)  # the device casts faster
     return weights
