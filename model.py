@@ -259,7 +259,7 @@ class Cache:
         self.set_lengths(self.lengths)
 
     def num_keys(self, T):
-        """How many positions attention reads when every row gets T tokens more: S.
+        """S, how many positions attention reads when each row gets T tokens more.
 
         Raises ValueError if they do not fit.
         """
@@ -275,7 +275,7 @@ class Cache:
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:
                 stored.transpose(1, 2).index_put_((self.rows, positions), new.transpose(1, 2))
-            else:  # the same in one copy
+            else:  # all positions are the same: a plain copy
                 stored[:, :, self.max_length:self.max_length + T] = new
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
@@ -448,10 +448,11 @@ class Decoder(nn.Module):
         rope = self.rope(positions)
         masks = {}
         for window in set(self.config.windows):
-            # Attention needs no mask where one token sees all keys, or where all keys are this
-            # call's own and a token sees those before it: in rows of one length, within the window.
-            all_seen = T in (1, num_keys) and (window is None or num_keys <= window)
-            if all_seen and not ragged:
+            # Attention needs no mask in two cases. T = 1: the new token sees all keys. T = S: all
+            # keys are of this call, and each token sees those up to its own. In both cases it does
+            # need one if the rows have different lengths, or if a key lies beyond the window.
+            beyond_window = window is not None and num_keys > window
+            if T in (1, num_keys) and not ragged and not beyond_window:
                 masks[window] = None
             else:
                 masks[window] = attention_mask(positions, num_keys, window)

@@ -39,11 +39,14 @@ class GraphCache(Cache):
         self.fixed_num_keys = None
         self.tokens = torch.zeros_like(self.lengths)  # [B], what a graph embeds
         self.graphs = {}  # {(version, phase, number of keys): (graph, its logits)}
+        self.lender = None  # the Graphed that has this memory for later use as well
 
     def num_keys(self, T):
         return self.fixed_num_keys or super().num_keys(T)
 
     def reorder(self, rows):
+        if self.lender is not None:
+            self.lender.last = None  # so that the memory of the old rows is free at once
         super().reorder(rows)
         self.tokens = torch.zeros_like(self.lengths)
         self.graphs = {}  # those that were recorded read other tensors
@@ -122,6 +125,7 @@ class Graphed:
         cache = copy.copy(self.last)  # the same tensors and graphs
         cache.k, cache.v = list(cache.k), list(cache.v)
         cache.set_lengths(torch.zeros_like(cache.lengths))
+        cache.lender = self
         self.user = weakref.ref(cache)
         return cache
 

@@ -253,6 +253,7 @@ def test_rows_that_leave_are_recorded_anew(graphed, device):
             assert_close(steps.decode(fed, cache), model.decode(fed, plain), **CLOSE)
     assert graphed.captures == 3  # one for each number of rows
     assert cache.lengths.tolist() == [12]
+    assert steps.last is None  # nobody holds the memory of the three rows
 
 
 @pytest.mark.parametrize("phase", ["full", "decode"])
