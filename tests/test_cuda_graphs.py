@@ -332,8 +332,23 @@ def replace_a_norm(model):
     model.model.norm = copy.deepcopy(model.model.norm)
 
 
+class Doubled(torch.nn.Module):
+    """Another function of the same weights."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+def replace_a_module_alone(model):
+    model.model.layers[3].mlp = Doubled(model.model.layers[3].mlp)
+
+
 @pytest.mark.parametrize("change", [
-    set_other_rank, load_other_weights, caprese.detach, replace_a_norm,
+    set_other_rank, load_other_weights, caprese.detach, replace_a_norm, replace_a_module_alone,
     lambda model: attach(model, "griffin", 0.7), lambda model: attach(model, "cats")])
 def test_a_graph_does_not_outlive_what_it_reads(change, graphed, device):
     model, prompt = attach(tiny.model(device=device), "griffin"), tiny.tokens(1, 6, device=device)
