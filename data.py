@@ -276,8 +276,8 @@ def ask(problem):
 # ---- Grading. LaTeX, units, letters and "the answer is" are paper/grading.py
 
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
-NEXT_QUESTION = re.compile(r"\n\W*(?:question|problem|exercise|instruction|q|user|human)[ \d]*\**:",
-                           re.IGNORECASE)
+NEXT_QUESTION = re.compile(r"\n\W*(?:question|problem|exercise|instruction|q|user|human|问题|题目)"
+                           r"[ \d]*\**(?:[:：]|(?<=\d)\.)", re.IGNORECASE)
 SEVERAL = re.compile(r"box(?:ed)? *{[^{}]*}[\s$]*(?:,|;|and|or)(?:[\s$]|[a-zA-Z] *=)*$")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.))(?:\.\d+|/0*[1-9]\d*)?")
 
@@ -300,7 +300,7 @@ def final_answer(response):
     """
     text = conclusion(response)
     for mark in reversed(list(MARK.finditer(text))):
-        rest = text[mark.end():mark.end() + 1000].lstrip()
+        rest = text[mark.end():].lstrip()
         found = rest.split("\n")[0] if mark[0] == "####" else argument(rest)
         if found.strip():
             several = SEVERAL.search(text[max(0, mark.start() - 200):mark.start()])
@@ -313,7 +313,7 @@ def argument(text):
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
     depth = 0
-    for brace in re.finditer(r"\\.|[{}]", text):
+    for brace in re.finditer(r"\\.|[{}]", text[:1000]):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[1:brace.start()]
@@ -331,7 +331,7 @@ def correct(response, answer):
     """Is the final answer of a response this one, as text or as a number? In doubt it is not."""
     found, answer = final_answer(response), answer.strip()
     if number(found) is None or number(answer) is None:
-        return found == answer != ""
+        return found != "" and found == answer
     return number(found) == number(answer)
 
 
@@ -349,7 +349,7 @@ def public_datasets():
     try:
         from paper import datasets
     except ImportError:
-        raise ValueError(f"paper/datasets.py, which may know this, is not there; {NEEDED}") from None
+        raise ValueError(f"paper/datasets.py is not there, which may know it; {NEEDED}") from None
     return datasets
 
 

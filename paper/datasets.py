@@ -2,22 +2,25 @@ r"""Public data sets: their columns, their files on the hub, and files that are 
 
 data.py hands a row here whose columns it does not know, and gets it back under its own names:
 
-| columns, in any capitals                                       | sets
-| problem, solution or answer (and level)                        | MATH, AMC, AIME, BRUMO
-| query, response                                                | MetaMathQA
-| problem, generated_solution, expected_answer                   | OpenMathInstruct
-| messages (and answer, problem, prompt)                         | OpenR1-Math, NuminaMath, UltraChat
-| Body, Question, Answer                                         | SVAMP
-| question, options or choices, answer: letter, position or text | multiple choice, MMLU
-| question, choices of text and label, answerKey                 | ARC, CommonsenseQA
-| question, options, rationale, correct                          | AQuA-RAT
-| Question, Correct Answer, Incorrect Answer 1 to 3              | GPQA
-| context or passage, question, answer or answers                | SQuAD, reading
-| document, summary; article, highlights; prompt, reference      | XSum, CNN/DailyMail, GRIFFIN's XSum
-| instruction, output (and input); instruction, context, response| Alpaca, Dolly
-| prompt, completion                                             | TRL
-| conversations of from and value (and system)                   | ShareGPT, OpenThoughts
-| system_prompt, question, response                              | OpenOrca
+| columns, in any capitals                            | sets
+| problem, solution or answer (and level)             | MATH, AMC, AIME, BRUMO
+| query, response                                     | MetaMathQA
+| problem, generated_solution, expected_answer        | OpenMathInstruct
+| messages (and answer, problem, prompt)              | OpenR1-Math, NuminaMath, UltraChat
+| Body, Question, Answer                              | SVAMP
+| question, options or choices, answer (letter,       | multiple choice, MMLU
+|     position from 0, or text)                       |
+| question, choices of text and label, answerKey      | ARC, CommonsenseQA
+| question, options, rationale, correct               | AQuA-RAT
+| Question, Correct Answer, Incorrect Answer 1 to 3   | GPQA
+| context or passage, question, answer or answers     | SQuAD, reading
+| document, summary; article, highlights              | XSum, CNN/DailyMail
+| prompt, reference                                   | GRIFFIN's XSum
+| instruction, output (and input)                     | Alpaca
+| instruction, response (and context)                 | Dolly
+| prompt, completion                                  | TRL
+| conversations of from and value (and system)        | ShareGPT, OpenThoughts
+| system_prompt, question, response                   | OpenOrca
 
 Other columns say nothing of the problem, but for those that CONTENT names: a question is not asked
 without its picture.
@@ -39,7 +42,8 @@ FORMATS = {  # how a file begins: what it is, and what to do
     b"PAR1": "Parquet; " + PANDAS.format("read_parquet"),
     b"ARROW1": "Arrow; " + PANDAS.format("read_feather"),
     b"\xff\xff\xff\xff": "Arrow; load it with datasets.Dataset.from_file(FILE), then .to_json(NEW)",
-    b"PK\x03\x04": "a ZIP archive; unpack it (and a spreadsheet: " + PANDAS.format("read_excel") + ")",
+    b"PK\x03\x04": "a ZIP archive, which you unpack, or a spreadsheet; "
+                    + PANDAS.format("read_excel"),
     b"\x1f\x8b": "gzip; unpack it with gunzip", b"BZh": "bzip2; unpack it with bunzip2",
     b"\xfd7zXZ": "xz; unpack it with unxz", b"\x28\xb5\x2f\xfd": "zstd; unpack it with unzstd",
     b"\xff\xfe": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8 FILE > NEW",
@@ -92,9 +96,9 @@ def translate(row):
     if len(set(columns)) < len(columns):
         raise ValueError(f"two columns have one name: {', '.join(row)}")
     row = dict(zip(columns, row.values()))
-    content = [column for column, value in row.items() if CONTENT.search(column) and value is not False]
-    if "instruction" in row:
-        content = [column for column in content if column != "input"]
+    content = [column for column, value in row.items()
+               if CONTENT.search(column) and value is not False
+               and not (column == "input" and "instruction" in row)]
     if content:
         raise ValueError(f"{', '.join(content)} may belong to the question, and is not read; put "
                          f"what is to be asked into the question, or leave the column out")
@@ -203,7 +207,7 @@ def first_answer(answers):
     """The first of several right answers: of a list, or of SQuAD's object with text."""
     texts = answers.get("text") if isinstance(answers, dict) else answers
     if not isinstance(texts, list) or not texts:
-        raise ValueError(f"answers is {answers!r:.60}, not a list of texts, nor an object with text")
+        raise ValueError(f"answers is {answers!r:.60}, not texts in a list or under text")
     return texts[0]
 
 
@@ -217,7 +221,7 @@ def gpqa(row):
 
 
 def read_options(options):
-    """(labels, texts) of a list of texts, of an object {label: text}, or of {text: [], label: []}."""
+    """(labels, texts) of a list of texts, of {label: text}, or of {"text": [], "label": []}."""
     if isinstance(options, dict) and set(options) == {"text", "label"}:
         labels, texts = options["label"], options["text"]
     elif isinstance(options, dict):
@@ -242,10 +246,11 @@ def letter(answer, labels, texts):
     if type(answer) is int and 0 <= answer < len(texts):
         return "ABCDEFGHIJ"[answer]
     if not isinstance(answer, str):
-        raise ValueError(f"the answer is {answer!r:.40}, not the letter, position or text of an option")
+        raise ValueError(f"answer is {answer!r:.40}, not an option's letter, position or text")
     labels = [label.upper() for label in labels]
     named = answer.strip().strip("().").upper()
-    same = {i for i, text in enumerate(texts) if text.strip().casefold() == answer.strip().casefold()}
+    folded = answer.strip().casefold()
+    same = {i for i, text in enumerate(texts) if text.strip().casefold() == folded}
     same |= {labels.index(named)} if named in labels else set()
     if not same and named.isdecimal() and int(named) < len(texts):
         same = {int(named)}

@@ -18,9 +18,9 @@ import data
 # ---- Which text of a response is its answer
 
 PHRASE = re.compile(  # "the answer is", "Answer:", and the same in other languages
-    r"(?:(?<!this )\b(?:answer|correct (?:option|choice)|antwort|réponse|respuesta|resposta|"
-    r"risposta|ответ)\b|答案|答え|정답|答|답)"
-    r"[\s*)]*(?:[:：]|(?:is|ist|lautet|est|es|é|è|是|为|為|は|은|는)(?![a-z'’])\s*[:：]?)[\s*:]*",
+    r"(?:(?<!this )\b(?:answer(?: to (?:the|this) \w+)?|correct (?:option|choice)|antwort|ответ|"
+    r"(?:réponse|respuesta|resposta|risposta)(?: \w+)?)\b|答案|答え|정답|答|답)[\s*)]*"
+    r"(?:[:：]|(?:is|ist|lautet|est|es|é|è|是|为|為|は|은|는)(?![a-z'’])\s*[:：]?)[\s*:]*",
     re.IGNORECASE)
 END = re.compile(r"\n|[.!?](?=\s)|。|です|입니다")  # of a sentence
 REMARK = re.compile(r"(?:correct|right|consistent|reasonable|valid|verified|in simplest|"
@@ -87,8 +87,9 @@ TYPESETTING = [  # (pattern, replacement): other ways to write the same
 SAME_UNIT = {"$": "dollars", "usd": "dollars", "dollar": "dollars", "us dollars": "dollars",
              "€": "euros", "eur": "euros", "euro": "euros", "£": "pounds", "gbp": "pounds",
              "pound": "pounds", "₹": "rupees", "¢": "cents", "cent": "cents", "¥": "yen",
-             "%": "percent", "hour": "hours", "minute": "minutes", "day": "days", "cm": "centimeters",
-             "m": "meters", "km": "kilometers", "kg": "kilograms", "g": "grams", "ft": "feet",
+             "%": "percent", "hour": "hours", "minute": "minutes", "day": "days",
+             "cm": "centimeters", "m": "meters", "km": "kilometers", "kg": "kilograms",
+             "g": "grams", "ft": "feet", "mile": "miles", "cup": "cups",
              "in": "inches", "meter": "meters", "foot": "feet", "inch": "inches"}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 # A plural, or one of a few other words, is a unit: "17 more", "17 times" and "17 xyz" are not 17.
@@ -96,13 +97,14 @@ UNIT = (r"(?:(?:square|cubic|sq\.?|cu\.?) ?)?"
         r"(?!(?:times|dozens|halves|thirds|quarters|tens|hundreds|thousands|\w+illions|scores|"
         r"pairs|perhaps|always|besides|does|\w+(?<!mon)ths)\b)"
         r"(?:[a-z]{2,}[^\W\dsiu_]s|glass(?:es)?|percent|people|children|day|hour|minute|cup|dollar|"
-        r"euro|pound|cent|mile|meter|foot|feet|inch|usd|us dollars|eur|gbp|[ckm]m|[km]g|ml|ft|in|lb|"
-        r"mph|per [a-z]+|(?<= )[mg]|[%¢€£₹¥]|(?![万亿千百十半倍多余来几])[一-鿿]+)"
+        r"euro|pound|cent|mile|meter|foot|feet|inch|usd|us dollars|eur|gbp|[ckm]m|[km]g|ml|ft|in|"
+        r"lb|mph|per [a-z]+|(?<= )[mg]|[%¢€£₹¥]|(?![万亿千百十半倍多余来几])[一-鿿]+)"
         r"(?:(?:/| per | of )[a-z]+| left| in total)?(?:\^[23])?")
 NUMBER = re.compile(  # an option's letter may stand before it
     rf"(?:\([a-j]\))?(?P<sign>[-+]?)(?P<money>[$€£₹¥]?) ?(?P<minus>-?)"
-    rf"(?P<value>\d+/0*[1-9]\d*|\d*\.?\d+|\d{{1,3}}(?:(?P<comma>[, '’])\d{{3}})(?:(?P=comma)\d{{3}})*"
-    rf"(?:\.\d+)?|\d{{1,2}}(?:,\d{{2}})+,\d{{3}})"
+    rf"(?P<value>\d+/0*[1-9]\d*|\d*\.?\d+|"
+    rf"\d{{1,3}}(?:(?P<comma>[, '’])\d{{3}})(?:(?P=comma)\d{{3}})*(?:\.\d+)?|"
+    rf"\d{{1,2}}(?:,\d{{2}})+,\d{{3}})"
     rf"(?: (?P<scale>{'|'.join(SCALES)}))?(?:[ -]?(?P<unit>{UNIT}))?(?:_{{?(?P<base>\d+)}}?)?")
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -153,7 +155,7 @@ def same_number(found, gold):
 
 
 def same_choice(found, letter):
-    """Is an answer this letter? B, (b), B) Paris and "option B because ..." are; B) or C) is not."""
+    """Is an answer this letter? B, (b), B) Paris, option B because ... are it; B) or C) is not."""
     rest = r"(?:[).:,](?!.*\b[A-J]\b).*| because .*)?"
     return bool(re.fullmatch(rf"(?i:(?:option|choice) ?)?\(?(?i:{letter}){rest}", found))
 
@@ -231,9 +233,12 @@ def shape(formula):
 
     math-verify takes X for x, x = 2, y = 3 for (2, 3), and (1, 2) for {1, 2}.
     """
-    if UNREAD.search(formula) or len(formula) > 1000:
+    mixed = re.findall(r"\d\s*\\[dt]?frac\s*{?(\d+)}?\s*{?(\d+)", formula)  # 1 1/2, but not 1 3/2
+    improper = any(int(numerator) >= int(denominator) for numerator, denominator in mixed)
+    if UNREAD.search(formula) or improper or len(formula) > 1000:
         return None
-    letters = set(re.findall("[a-zA-Z]", re.sub(r"\\(?:begin|end) *{\w+}|\\[a-zA-Z]+", "", formula)))
+    without_commands = re.sub(r"\\(?:begin|end) *{\w+}|\\[a-zA-Z]+", "", formula)
+    letters = set(re.findall("[a-zA-Z]", without_commands))
     relations = len(RELATION.findall(formula))
     brackets = re.fullmatch(r"(\(|\[|\\{).*(\)|\]|\\})", formula.strip(), re.DOTALL)
     kind = brackets[1] + brackets[2] if brackets else ""
@@ -247,7 +252,7 @@ def shape(formula):
 LEFT = re.compile(r"\s*([a-zA-Z]+(?:_\w)?(?:\([a-zA-Z]\))?|[a-zA-Z](?:\s*\+\s*[a-zA-Z])+)\s*"
                   r"(?:=|\\in\b|∈)(?=.)")  # y = ..., f(x) = ..., m+n = ..., x \in ...
 FORMS = re.compile(r"=|\\text\s*{\s*or\s*}|\bor\b")
-DELIMITER = re.compile(r"^\s*(?:\$+|\\[(\[])(?!\d*\.?\d+$)|(?:(?<!\\)\$+|\\[)\]])\s*$|\\(?:left|right)\b")
+DELIMITER = re.compile(r"^\s*(?:\$+|\\[(\[])|(?:\$+|\\[)\]])\s*$|\\(?:left|right)\b")
 
 
 def correct(response, answer):
@@ -268,8 +273,9 @@ def same(found, gold):
     letter = plain_gold.strip("()")
     if re.fullmatch("[A-J]", letter):
         return same_choice(plain_found, letter)
-    if number(found) and number(gold):
-        return same_number(number(found), number(gold))
+    numbers = number(found), number(gold)
+    if None not in numbers:
+        return same_number(*numbers)
     if plain_found == plain_gold or same_words(plain_found, plain_gold):
         return True
     left, gold_left = LEFT.match(found), LEFT.match(gold)
