@@ -338,18 +338,21 @@ def correct(response, answer):
 # ---- Data sets
 
 COLUMNS = set("question prompt messages response answer kind level id block right".split())
-NEEDED = "it needs question and answer, prompt and response, or messages"
+NEEDED = "a row needs question and answer, prompt and response, or messages"
 KINDS = ("maths", "reading", "choice", "passage", "summary", "text")
 BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for besides
          "choice": r"Put the letter of your answer within \boxed{}."}
 
 
-def public_datasets():
-    """paper/datasets.py, which knows the hub, other formats of files and other columns."""
+def public_datasets(what):
+    """paper/datasets.py, which knows the hub, other formats of files and other columns.
+
+    ValueError says what could do with it, if it is not there.
+    """
     try:
         from paper import datasets
     except ImportError:
-        raise ValueError(f"paper/datasets.py is not there, which may know it; {NEEDED}") from None
+        raise ValueError(f"{what}; without paper/datasets.py {NEEDED}") from None
     return datasets
 
 
@@ -359,14 +362,17 @@ def read_rows(file):
     The place is "line 3", or "row 3" of a list. A file of a hub data set is named
     hf://datasets/OWNER/NAME/PATH. Raises OSError, or ValueError in one line that names the place.
     """
-    on_hub = str(file).startswith("hf://")
-    content = Path(public_datasets().download(file) if on_hub else file).read_bytes()
+    path = file
+    if str(file).startswith("hf://"):
+        path = public_datasets(f"{file} is on the hub").download(file)
+    content = Path(path).read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = ""
-    if content.strip() and (text.lstrip()[:1] not in ("[", "{") or "\0" in text):
-        raise ValueError(f"{file} is no JSON in UTF-8: {public_datasets().file_format(content)}")
+        text = None
+    if text is None or text.lstrip()[:1] not in ("", "[", "{") or "\0" in text:
+        what = f"{file} is no JSON in UTF-8"
+        raise ValueError(f"{what}: {public_datasets(what).file_format(content)}")
     if text.lstrip().startswith("["):
         for i, row in enumerate(parse_json(text, file), 1):
             yield f"row {i}", row
@@ -421,7 +427,7 @@ def problem_from_row(row):
     row = {column: value for column, value in row.items()
            if value not in (None, [], {}) and str(value).strip()}
     if set(row) - COLUMNS or len({"question", "prompt", "messages"} & set(row)) != 1:
-        row = public_datasets().translate(row)
+        row = public_datasets(f"its columns are {', '.join(row)}").translate(row)
     if "messages" in row:
         row = first_exchange(row["messages"]) | row
     question = text_of(row, "question") or text_of(row, "prompt")

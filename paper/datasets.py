@@ -134,7 +134,7 @@ def chat(row):
         messages.append({"role": "system", "content": data.text_of(row, "system")})
     for turn in turns:
         role = turn.get("role", turn.get("from"))
-        if role not in ROLES:
+        if role not in tuple(ROLES):
             raise ValueError(f"a turn is by {role!r:.40}, not by one of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": turn.get("content", turn.get("value"))})
     answer = {"answer": row["answer"]} if "answer" in row else {}
