@@ -120,25 +120,23 @@ def only(row, *columns):
 
 
 def chat(row):
-    """messages, conversations, or prompt and completion as lists of turns; else None."""
-    turns = row.get(only(row, "messages", "conversations"), row.get("prompt"))
-    if isinstance(row.get("prompt"), str) and "messages" not in row and "conversations" not in row:
-        return None
+    """A chat as messages, from messages, conversations, or prompt and completion; else None."""
+    column = only(row, "messages", "conversations")
+    turns = row.get(column)
+    if column is None and isinstance(row.get("prompt"), list):  # TRL's, of turns
+        completion = row.get("completion", [])
+        turns = row["prompt"] + completion if isinstance(completion, list) else completion
     if turns is None:
         return None
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("a chat is a list of turns with role and content, or from and value")
-    turns = turns + (row["completion"] if isinstance(row.get("completion"), list) else [])
-    messages = []
-    if "system" in row:
-        messages.append({"role": "system", "content": data.text_of(row, "system")})
+    messages = [{"role": "system", "content": row["system"]}] if "system" in row else []
     for turn in turns:
         role = turn.get("role", turn.get("from"))
         if role not in tuple(ROLES):
             raise ValueError(f"a turn is by {role!r:.40}, not by one of {', '.join(ROLES)}")
         messages.append({"role": ROLES[role], "content": turn.get("content", turn.get("value"))})
-    answer = {"answer": row["answer"]} if "answer" in row else {}
-    return {"messages": messages} | answer
+    return {"messages": messages, "answer": row.get("answer", "")}
 
 
 def summary(row):

@@ -305,7 +305,7 @@ def test_encoded_samples_open_a_thought_once():
     tokenizer.template = "{{ messages[0].content }}<think> "
     problem = data.Problem("q", "<think> hm</think> 5", "5")
     (prompt, response), = data.encode_samples([problem], tokenizer)
-    assert tokenizer.decode(prompt).endswith("<think>")
+    assert tokenizer.decode(prompt).endswith("<think> ")
     assert response == tokenizer.encode("hm</think> 5")
 
 
