@@ -242,11 +242,12 @@ def read_template(folder, template):
     if file.exists():
         return file.read_text(encoding="utf-8")
     if isinstance(template, list):  # several templates, each with a name
-        named = {entry["name"]: entry["template"] for entry in template}
-        if "default" not in named:
-            raise ValueError(f"{folder} has chat templates named {', '.join(named)} and none named "
+        named = {str(entry.get("name")): entry.get("template") for entry in template
+                 if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise ValueError(f"{folder} has a chat template for {', '.join(named)}, but none named "
                              f"default; write the one to use to {file}")
-        return named["default"]
     return template
 
 
