@@ -217,6 +217,14 @@ def check_characters(text):
                          f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
 
 
+def read_utf8(file):
+    """The text of a file; ValueError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is no text in UTF-8: see its byte {e.start + 1}") from None
+
+
 def parse_json(text, where):
     """The value of a JSON text; ValueError says where it is from."""
     try:
@@ -229,7 +237,7 @@ def read_objects(folder, *names):
     """The entries that are not null of those JSON files that exist; a later file's replace."""
     found = {}
     for file in [folder / name for name in names if (folder / name).exists()]:
-        entries = parse_json(file.read_bytes(), file)
+        entries = parse_json(read_utf8(file), file)
         if not isinstance(entries, dict):
             raise ValueError(f"{file} is not a JSON object")
         found |= {key: value for key, value in entries.items() if value is not None}
@@ -240,7 +248,7 @@ def read_template(folder, template):
     """The chat template: a file of its own, or this entry of tokenizer_config.json; may be None."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return file.read_text(encoding="utf-8")
+        return read_utf8(file)
     if isinstance(template, list):  # several templates, each with a name
         named = {str(entry.get("name")): entry.get("template") for entry in template
                  if isinstance(entry, dict)}
@@ -436,7 +444,7 @@ def problem_from_row(row):
     if "question" in row and "response" not in row:
         response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", answer)  # GSM8K's calculator
         level = steps or level
-    marked = re.search(r"####[^\n]*\s*$|\\f?boxe?d?\b", response)
+    marked = re.search(r"####[^\n]*\s*$|\\f?box(ed)?\b", response)
     kind = row.get("kind", "maths" if "question" in row or answer or marked else "text")
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r:.40}, not one of {', '.join(KINDS)}")
@@ -534,17 +542,14 @@ def until_stop(ids, stop_ids):
 def batch_indices(samples, batch_size, seed=None):
     """One epoch of batches: lists of indices, each index once, similar lengths together.
 
-    Without a seed the batches go from short to long. Each seed gives other batches in random order:
-    the order by length is disturbed by up to a batch before it is cut.
+    Without a seed the batches go from short to long. Each seed gives other batches, in any order:
+    before the order by length is cut, each sample moves by up to a batch.
     """
     rng = random.Random(seed)
-    order = list(range(len(samples)))
-    if seed is not None:
-        rng.shuffle(order)  # samples of one length
-    order.sort(key=lambda i: sum(map(len, samples[i])))
-    if seed is not None:
-        places = {i: place + rng.uniform(0, batch_size) for place, i in enumerate(order)}
-        order.sort(key=places.get)
+    moves = [rng.random() if seed is not None else 0 for _ in samples]
+    order = sorted(range(len(samples)), key=lambda i: (sum(map(len, samples[i])), moves[i]))
+    places = {i: place + batch_size * moves[i] for place, i in enumerate(order)}
+    order.sort(key=places.get)
     found = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if seed is not None:
         rng.shuffle(found)

@@ -206,6 +206,23 @@ def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
             encode(json.loads('"a \\ud800 b"'))
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json",
+                                  "generation_config.json", "special_tokens_map.json"])
+def test_a_file_that_is_no_utf_8_is_named(tmp_path, name):
+    make(tmp_path)
+    (tmp_path / name).write_bytes('{"a": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^[^\n]*{name} is no text in UTF-8: see its byte 11$"):
+        Tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    make(tmp_path, {"chat_template": "a"})
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        text = '{"chat_template": "a"}' if name.endswith("n") else "b"
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Tokenizer(tmp_path).prompt("hello") == "b"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "3"])
 def test_a_configuration_that_is_no_object_is_named(tmp_path, text):
     with pytest.raises(ValueError, match="tokenizer_config.json is not (valid JSON|a JSON object)"):
