@@ -285,8 +285,8 @@ def ask(problem):
 # ---- Grading. LaTeX, units, letters and "the answer is" are paper/grading.py
 
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
-NEXT_QUESTION = re.compile(r"\n\W*(?:question|problem|exercise|instruction|q|user|human|问题|题目)"
-                           r"[ \d]*\**(?:[:：]|(?<=\d)\.)", re.IGNORECASE)
+NEXT_QUESTION = re.compile(r"\n[^\w\n]{0,9}(?:question|problem|exercise|instruction|q|user|"
+                           r"human|问题|题目)[ \d]*\**(?:[:：]|(?<=\d)\.)", re.IGNORECASE)
 SEVERAL = re.compile(r"box(?:ed)? *{[^{}]*}[\s$]*(?:,|;|and|or)(?:[\s$]|[a-zA-Z] *=)*$")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.))(?:\.\d+|/0*[1-9]\d*)?")
 

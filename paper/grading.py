@@ -35,8 +35,8 @@ def final_answer(response):
     A `####` or a box counts before any prose. Without them "the answer is ..." counts, then a last
     line that is a choice letter, then the only bold text of the last line.
     """
-    text = data.conclusion(response)
-    marks = list(data.MARK.finditer(re.sub(r"\\f?box(ed)? *{\s*}", "", text)))
+    text = re.sub(r"\\f?box(ed)? *{\s*}", "", data.conclusion(response))  # empty boxes
+    marks = list(data.MARK.finditer(text))
     if marks:
         found, rest = data.final_answer(text), text[marks[-1].end():]
         if marks[-1][0] == "####" and number(found) is None:  # perhaps a Markdown heading
@@ -261,8 +261,10 @@ def correct(response, answer):
     Choice letters compare as letters, numbers as numbers (a missing unit agrees with any), formulas
     by math-verify if that is installed, and the rest as text.
     """
-    found = final_answer(response)
-    return bool(found and answer.strip()) and same(found, answer)
+    found, answer = final_answer(response), answer.strip()
+    if not found or not answer or len(found) > 500:
+        return found != "" and found == answer
+    return same(found, answer)
 
 
 def same(found, gold):
@@ -282,7 +284,9 @@ def same(found, gold):
     if left and gold_left and left[1] != gold_left[1]:
         return False
     if left or gold_left:
-        return same(LEFT.sub("", found, count=1), LEFT.sub("", gold, count=1))
+        right, gold_right = (text[side.end():] if side else text
+                             for text, side in ((found, left), (gold, gold_left)))
+        return same(right, gold_right)
     exact = re.split(r"\\approx\b|≈", found)[0]
     forms = FORMS.split(exact)
     if len(forms) > 1 and not FORMS.search(gold):

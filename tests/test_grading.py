@@ -294,6 +294,24 @@ def test_reported_forms(right):
     assert not [case for case in REPORTED[right] if grading.correct(*case) is not right]
 
 
+JUDGED_OTHERWISE = [  # another verdict than a public report names or a reader may expect, and why
+    # 10_2 is two, and the answer 10 may be ten. A base that the answer has and the response leaves
+    # out is understood: 2516 for 2516_8.
+    (r"\boxed{2516_8}", "2516", False), (r"\boxed{10_2}", "10", False),
+    (r"\boxed{2516}", "2516_8", True),
+    # What stands before the = of one of them is not cut out of the other.
+    (r"\boxed{3 + x = 5}", "y = 3 + 5", False), (r"\boxed{2x + y = 3}", "x = 2x + 3", False),
+    ("\\boxed{}, \\boxed{}\n#### Step 1\nThe answer is 5.", "5", True),
+    # Seventeen is 17: number words count, as they do for "The answer is two."
+    ("#### seventeen", "17", True), ("#### seventeen", "18", False),
+]
+
+
+def test_verdicts_judged_otherwise():
+    for response, answer, right in JUDGED_OTHERWISE:
+        assert grading.correct(response, answer) is right, (response, answer)
+
+
 PLAIN = {  # what the core knows: the last #### or box, as text or as a number
     True: [
         ("12 + 5 = 17. #### 17", "17"), ("#### 1,000", "1000"), ("#### 1000", "1,000"),
@@ -413,7 +431,9 @@ def test_any_text_is_graded_without_an_exception():
     # Long ones too: a pattern that backtracks without end would hang here.
     texts += ["#### " + "1" * 10000, "#### " + "1," * 5000, "\\boxed{" * 3000,
               "#### 1 " + "aa " * 5000, "#### 1 " + "aaa" * 60, "$" * 9999,
-              "#### 1" + " " * 20000 + "!", "#### \\text{" + " " * 20000, "answer is " * 3000]
+              "#### 1" + " " * 20000 + "!", "#### \\text{" + " " * 20000, "answer is " * 3000,
+              "a" + "\n" * 50_000 + "b", "#### " + "x=" * 20_000 + "5", "\n**Q" * 20_000,
+              "\\boxed{1} and " * 5000, "The answer is " + "a+" * 20_000, "**" * 20_000]
     for text in texts:
         for correct in (data.correct, grading.correct):
             assert correct(text, "9217") is False
