@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import data
-from paper import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MATH = ROOT / "models" / "tiny-math"
@@ -424,7 +423,8 @@ def read_fails(file, says, evaluation):
     ("[" * 100_000, "not valid JSON"), ("[]", "a row is an object, not []"),
     ("3", "a row is an object, not 3"), ("null", "not None"), ('"question"', "not 'question'"),
     ({}, "a row needs question and answer"), ({"question": ""}, "a row needs question and answer"),
-    ({"question": "q"}, "in the columns question; a row needs"), ({"answer": "1"}, "columns answer"),
+    ({"question": "q"}, "in the columns question; a row needs"),
+    ({"answer": "1"}, "answer"),
     ({"question": 5, "answer": "1"}, "question is 5, not text"),
     ({"question": ["q"], "answer": "a"}, "question is ['q'], not text"),
     ({"question": "q", "answer": ["a"]}, "answer is ['a'], not text"),
@@ -437,7 +437,8 @@ def read_fails(file, says, evaluation):
     ({"question": "q", "response": 3, "answer": "3"}, "response is 3, not text"),
     ({"question": "q", "response": ["a"]}, "response is ['a'], not text"),
     ({"prompt": {"text": "q"}, "response": "a"}, "prompt"), ({"prompt": "q"}, "columns prompt"),
-    ({"prompt": " ", "response": "a"}, "a row needs"), ({"response": "a", "answer": "a"}, "a row needs"),
+    ({"prompt": " ", "response": "a"}, "a row needs"),
+    ({"response": "a", "answer": "a"}, "a row needs"),
     ({"question": "q", "response": "a", "answer": "a", "kind": "riddle"}, "kind is 'riddle', not"),
     ({"question": "q", "response": "a", "answer": "a", "kind": ["maths"]}, "kind is ['maths']"),
     ({"messages": "hello"}, "messages is not a list of turns"),
@@ -479,68 +480,58 @@ def test_lines_of_blanks_are_skipped_and_counted(tmp_path):
 
 def test_a_json_list_a_byte_order_mark_and_windows_line_ends(tmp_path):
     """MetaMathQA is stored as one list; other line ends may stand inside a string."""
-    row = {"query": "1 +\u2028 1? \ufffd", "response": "It is 2."}
+    row = {"prompt": "1 +\u2028 1? \ufffd", "response": "It is 2."}
     lines = [json.dumps(row, ensure_ascii=False)] * 2
     for text in (json.dumps([row, row], indent=1), "\ufeff" + "\n".join(lines),
                  "\n " + json.dumps([row, row]), "\r\n".join(lines) + "\r\n"):
         (tmp_path / "b.json").write_bytes(text.encode())
         assert data.read_problems(tmp_path / "b.json") == [data.problem_from_row(row)] * 2
-    for text, says in (('[{"query": "1 +', "cut.json is not valid JSON"), ("[3]", "row 1: ")):
+    for text, says in (('[{"prompt": "1 +', "cut.json is not valid JSON"), ("[3]", "row 1: ")):
         (tmp_path / "cut.json").write_text(text)
         with pytest.raises(ValueError, match=says):
             data.read_problems(tmp_path / "cut.json")
 
 
-@pytest.mark.parametrize("row, says", [
-    ({"problem": "q", "answer": "7"}, "its columns are problem, answer; without paper/datasets.py"),
-    ("question,answer", "a.jsonl is no JSON in UTF-8; without paper/datasets.py"),
-])
-def test_without_paper_another_row_is_refused_in_one_line(tmp_path, monkeypatch, row, says):
-    import paper
-    monkeypatch.delattr(paper, "datasets")
-    monkeypatch.setitem(sys.modules, "paper.datasets", None)  # its import fails
-    read_fails(write(tmp_path, row), says, True)
-    read_fails(write(tmp_path, row), data.NEEDED, True)
-    assert data.read_problems(write(tmp_path, {"question": "q", "answer": "7"}))[0].answer == "7"
-
-
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside this checkout")
-@pytest.mark.parametrize("name, rows, kind", [
-    ("gsm8k_train", 7473, "maths"), ("gsm8k_test", 1319, "maths"), ("xsum", 200, "summary"),
-    ("svamp", 1000, "maths"), ("multiarith", 600, "maths"), ("amc23", 40, "maths"),
-    ("aime24", 30, "maths"),
-])
-def test_real_sets_are_read_whole(name, rows, kind):
-    problems = data.read_problems(SHARED / f"{name}.jsonl", evaluation=True)
-    assert len(problems) == rows and {problem.kind for problem in problems} == {kind}
-    if name in ("gsm8k_train", "gsm8k_test"):
-        assert data.read_problems(SHARED / f"{name}.jsonl") == problems
-        assert all(data.correct(p.response, p.answer) for p in problems)
-        assert not any("<<" in p.response for p in problems)
-        assert {p.level for p in problems} <= set(range(1, 12)) | {None}
-    if name == "xsum":
-        assert data.read_problems(SHARED / f"{name}.jsonl") == problems
-        assert not any(data.ask(p).startswith(data.INSTRUCTION) for p in problems)
+@pytest.mark.parametrize("name, rows", [("gsm8k_train", 7473), ("gsm8k_test", 1319)])
+def test_gsm8k_is_read_whole(name, rows):
+    problems = data.read_problems(SHARED / f"{name}.jsonl")
+    assert len(problems) == rows and {problem.kind for problem in problems} == {"maths"}
+    assert data.read_problems(SHARED / f"{name}.jsonl", evaluation=True) == problems
+    assert all(data.correct(p.response, p.answer) for p in problems)
+    assert not any("<<" in p.response for p in problems)
+    assert {p.level for p in problems} <= set(range(1, 12)) | {None}
 
 
-def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
-    import huggingface_hub
-    asked = []
+PLAIN = {  # what the core knows: the last #### or box, as text or as a number
+    True: [
+        ("12 + 5 = 17. #### 17", "17"), ("#### 1,000", "1000"), ("#### 1000", "1,000"),
+        ("#### 017", "17"), ("#### 17.0", "17"), ("#### 17.", "17"), ("#### .5", "0.5"),
+        ("#### 3/4", "0.75"), ("#### -5", "-5"), ("#### +5", "5"), ("####\n17", "17"),
+        ("#### Paris", "Paris"), (r"\boxed{17}", "17"), (r"\boxed {17}", "17"), (r"\fbox{17}", "17"),
+        (r"so $\boxed 7$.", "7"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{x = \{1\}, y = \{}", r"x = \{1\}, y = \{"), ("#### 3\nno, #### 17", "17"),
+        ("#### 42\n\nThis answer is correct.", "42"), (r"\boxed{42}. I hope it is.", "42"),
+        ("<think>#### 3</think>#### 17", "17"), ("#### 17\n\nQuestion: 1 + 1?\n#### 2", "17"),
+        ("#### 17\n\n**Problem 2:** 1 + 1?\n\\boxed{2}", "17"), (r"\boxed{12} and then \boxed{1", "12"),
+        ("#### " + "9" * 5000, "9" * 5000),  # longer than Python makes an integer of
+    ],
+    False: [
+        ("", ""), ("", "17"), ("17", "17"), ("####", ""), ("#### ", "17"), (r"\boxed{}", ""),
+        (r"\boxed{17", "17"), ("#### 170", "17"), ("#### 1,00", "100"), ("#### 1,0000", "10000"),
+        ("#### 17,18", "1718"), ("#### 17 or 18", "17"), ("#### 17 eggs", "17"), ("#### 1 7", "17"),
+        ("#### 3/0", "3"), ("#### 1_000", "1000"), ("#### 1e3", "1000"), ("#### 17x", "17"),
+        ("#### paris", "Paris"), (r"\boxed{X}", "x"), ("The answer is 17.", "17"),
+        ("#### 17\nno, #### 18", "17"), (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{1}, \boxed{2}", "2"),
+        (r"$x = \boxed{1}$ or $x = \boxed{2}$", "2"), ("<think>Maybe \\boxed{12}? Let me", "12"),
+        ("<think>\\boxed{3}</think> It is 4.", "3"), ("\\boxed{3}</think> It is 4.", "3"),
+        ("She has 18.\n\nQuestion: 1 + 1?\n#### 2", "2"), ("#### 5\n\nQ: 1 + 1?\n#### 2", "2"),
+        ("#### " + "9" * 5000, "9" * 999), (r"\boxed " + "9" * 5000, "9" * 1000),
+        ("#### 5\nUser: and now?\n#### 2", "2"), ("#### 5\n\nProblem 2. 1 + 1?\n#### 2", "2"),
+    ],
+}
 
-    def download(repo, name, repo_type):
-        asked.append((repo, name, repo_type))
-        raise ConnectionError("no network\nand more")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    file = "hf://datasets/meta-math/MetaMathQA/a/b.json"
-    with pytest.raises(OSError, match=f"cannot fetch {file}: no network$"):
-        data.read_problems(file)
-    assert asked == [("meta-math/MetaMathQA", "a/b.json", "dataset")]
-    with pytest.raises(OSError, match="hf://meta-math/MetaMathQA is not hf://datasets/OWNER"):
-        data.read_problems("hf://meta-math/MetaMathQA")
-
-
-def test_a_file_of_a_hub_data_set_is_read_where_it_was_fetched(tmp_path, monkeypatch):
-    file = write(tmp_path, {"query": "q", "response": "#### 1"})
-    monkeypatch.setattr(datasets, "download", {"hf://datasets/a/b/c.jsonl": file}.get)
-    assert data.read_problems("hf://datasets/a/b/c.jsonl")[0].answer == "1"
+@pytest.mark.parametrize("right", [True, False])
+def test_the_core_compares_text_and_numbers(right):
+    assert not [case for case in PLAIN[right] if data.correct(*case) is not right]

@@ -3,13 +3,14 @@
 import gzip
 import json
 import random
+import sys
 from dataclasses import astuple
 
 import pytest
 
 import data
 from paper import datasets
-from test_data import is_read_as, read_fails, write
+from test_data import SHARED, is_read_as, read_fails, write
 
 GPQA = {"Question": "q", "Correct Answer": "yes", "Incorrect Answer 1": "no1",
         "Incorrect Answer 2": "no2", "Incorrect Answer 3": "no3", "Explanation": "because"}
@@ -138,12 +139,13 @@ def test_gpqa_becomes_multiple_choice():
 @pytest.mark.parametrize("row, says", [
     # published sets that are none of these: their columns are named
     ({"ctx": "c", "endings": ["x", "y"], "label": "1"}, "endings may belong to the question"),
-    ({"sentence": "s", "option1": "x", "option2": "y", "answer": "1"}, "sentence, option1, option2"),
+    ({"sentence": "s", "option1": "x", "option2": "y", "answer": "1"}, "sentence, option1, opt"),
     ({"premise": "p", "hypothesis": "h", "label": 0}, "premise, hypothesis may belong"),
     ({"story": "s", "questions": ["q"], "answers": ["a"]}, "columns story, questions, answers"),
-    ({"text": "a whole document"}, "columns text;"), ({"data": [{"question": "q"}]}, "columns data;"),
+    ({"text": "a whole document"}, "columns text;"),
+    ({"data": [{"question": "q"}]}, "columns data;"),
     ({"prompt": "q", "chosen": "a", "rejected": "b"}, "in the columns prompt, chosen, rejected"),
-    ({"task_id": 1, "prompt": "q", "canonical_solution": "a"}, "task_id, prompt, canonical_solution"),
+    ({"task_id": 1, "prompt": "q", "canonical_solution": "a"}, "task_id, prompt, canonical"),
     ({"inputs": "q", "targets": "a"}, "inputs may belong"),
     # what belongs to a question is not left out
     ({"question": "q", "image": "a.png", "answer": "1"}, "image may belong"),
@@ -162,7 +164,8 @@ def test_gpqa_becomes_multiple_choice():
     ({"context": "c", "question": "q", "answers": {"text": []}}, "not texts in a list"),
     ({"context": "c", "question": "q", "answers": [["a"]]}, "answer is ['a'], not text"),
     ({"context": "c", "question": "q", "answers": [3, 4], "answer": 3}, "answer and answers"),
-    ({"context": "c", "question": "q"}, "no "), ({"context": "c", "answer": "a"}, "context, answer"),
+    ({"context": "c", "question": "q"}, "no "),
+    ({"context": "c", "answer": "a"}, "context, answer"),
     ({"Body": "b", "Question": "q"}, "no "), ({"Body": "b", "Answer": 1}, "columns body, answer"),
     ({"document": ["d"], "summary": "s"}, "document is ['d'], not text"),
     ({"document": "d", "summary": 5}, "summary is 5, not text"),
@@ -188,7 +191,7 @@ def test_gpqa_becomes_multiple_choice():
     ({"question": "q", "options": "x, y", "answer": "A"}, "not a list of 2 to 10 texts"),
     ({"question": "q", "choices": list("0123456789X"), "answer": 0}, "not a list of 2 to 10"),
     ({"question": "q", "choices": {"text": ["x", "y"], "label": ["A"]}, "answerKey": "A"}, "each"),
-    ({"question": "q", "choices": {"text": ["x", "y"], "label": "AB"}, "answerKey": "A"}, "options"),
+    ({"question": "q", "choices": {"text": ["x", "y"], "label": "AB"}, "answerKey": "A"}, "opt"),
     (GPQA | {"Incorrect Answer 3": None}, "of which each must be a text"),
     (GPQA | {"Question": 5}, "question is 5, not text"),
     # chats
@@ -260,3 +263,52 @@ def test_json_that_is_not_one_object_per_line(tmp_path):
         read_fails(write(tmp_path, text), "line 1 (one whole object) is not valid JSON", False)
     file = write(tmp_path, json.dumps({"data": [{"question": "q"}]}))
     read_fails(file, "no data set is known with the columns data; a row needs", True)
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"problem": "q", "answer": "7"}, "its columns are problem, answer; without paper/datasets.py"),
+    ("question,answer", "a.jsonl is no JSON in UTF-8; without paper/datasets.py"),
+])
+def test_without_paper_another_row_is_refused_in_one_line(tmp_path, monkeypatch, row, says):
+    import paper
+    monkeypatch.delattr(paper, "datasets")
+    monkeypatch.setitem(sys.modules, "paper.datasets", None)  # its import fails
+    read_fails(write(tmp_path, row), says, True)
+    read_fails(write(tmp_path, row), data.NEEDED, True)
+    assert data.read_problems(write(tmp_path, {"question": "q", "answer": "7"}))[0].answer == "7"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside this checkout")
+@pytest.mark.parametrize("name, rows", [
+    ("svamp", 1000), ("multiarith", 600), ("amc23", 40), ("aime24", 30), ("xsum", 200)])
+def test_real_sets_are_read_whole(name, rows):
+    problems = data.read_problems(SHARED / f"{name}.jsonl", evaluation=True)
+    kind = "summary" if name == "xsum" else "maths"
+    assert len(problems) == rows and {problem.kind for problem in problems} == {kind}
+    instructed = [data.ask(problem).startswith(data.INSTRUCTION) for problem in problems]
+    assert all(instructed) if kind == "maths" else not any(instructed)
+    if name == "xsum":
+        assert data.read_problems(SHARED / "xsum.jsonl") == problems
+
+
+def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
+    import huggingface_hub
+    asked = []
+
+    def download(repo, name, repo_type):
+        asked.append((repo, name, repo_type))
+        raise ConnectionError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    file = "hf://datasets/meta-math/MetaMathQA/a/b.json"
+    with pytest.raises(OSError, match=f"cannot fetch {file}: no network$"):
+        data.read_problems(file)
+    assert asked == [("meta-math/MetaMathQA", "a/b.json", "dataset")]
+    with pytest.raises(OSError, match="hf://meta-math/MetaMathQA is not hf://datasets/OWNER"):
+        data.read_problems("hf://meta-math/MetaMathQA")
+
+
+def test_a_file_of_a_hub_data_set_is_read_where_it_was_fetched(tmp_path, monkeypatch):
+    file = write(tmp_path, {"query": "q", "response": "#### 1"})
+    monkeypatch.setattr(datasets, "download", {"hf://datasets/a/b/c.jsonl": file}.get)
+    assert data.read_problems("hf://datasets/a/b/c.jsonl")[0].answer == "1"

@@ -1,7 +1,4 @@
-"""Which answers count as right: paper/grading.py, and data.py's plain rule.
-
-Run: python -m pytest tests/test_grading.py
-"""
+"""Which answers count as right in paper/. Run: python -m pytest tests/test_grading.py"""
 
 import importlib.util
 import random
@@ -153,7 +150,7 @@ REPORTED = {  # what public reports of other graders name, and more of the same 
         ("\\boxed{42}\n\nLet me double-check. Since 6 * 7 = 42, the answer is right.", "42"),
         (r"Therefore, $x = \boxed{5}$. This answer is an integer, as required.", "5"),
         (r"The final answer is $\boxed{\frac{1}{2}}$. This answer is in simplest form.", "1/2"),
-        ("#### 18\n\nQuestion: Bob has 3 pens and buys 2. How many?\nAnswer: 3 + 2 = 5\n#### 5", "18"),
+        ("#### 18\n\nQuestion: Bob has 3 and buys 2. How many?\nAnswer: 3 + 2 = 5\n#### 5", "18"),
         (r"\fbox{12}", "12"), (r"so we get $\boxed 7$.", "7"), (r"thus \framebox{12}", "12"),
         (r"\boxed{2^{9}}", "512"), (r"\boxed{2^{10}}", "1024"), (r"\boxed{10^6}", "1000000"),
         (r"\boxed{x^2+1}", "1+x^2"), (r"\boxed{(x-1)(x+1)}", "x^2-1"), (r"\boxed{2(x+1)}", "2x+2"),
@@ -163,7 +160,8 @@ REPORTED = {  # what public reports of other graders name, and more of the same 
         (r"\boxed{[0,0.5]}", r"[0,\frac{1}{2}]"),
         (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)"),
         (r"\boxed{(1/2, 3)}", "(0.5, 3)"),
-        (r"\boxed{\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}}", r"\begin{pmatrix} \frac{1}{2} \\ 3 \end{pmatrix}"),
+        (r"\boxed{\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}}",
+         r"\begin{pmatrix} \frac{1}{2} \\ 3 \end{pmatrix}"),
         (r"\boxed{\begin{bmatrix} 1 \\ 3 \end{bmatrix}}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"),
         ("答案是 42。", "42"), ("答案：42", "42"), (r"所以答案是\boxed{42}。", "42"), (r"\boxed{42元}", "42"),
         (r"\boxed{42\text{元}}", "42"), (r"最终答案是 $\boxed{３}$", "3"),
@@ -310,40 +308,6 @@ JUDGED_OTHERWISE = [  # another verdict than a public report names or a reader m
 def test_verdicts_judged_otherwise():
     for response, answer, right in JUDGED_OTHERWISE:
         assert grading.correct(response, answer) is right, (response, answer)
-
-
-PLAIN = {  # what the core knows: the last #### or box, as text or as a number
-    True: [
-        ("12 + 5 = 17. #### 17", "17"), ("#### 1,000", "1000"), ("#### 1000", "1,000"),
-        ("#### 017", "17"), ("#### 17.0", "17"), ("#### 17.", "17"), ("#### .5", "0.5"),
-        ("#### 3/4", "0.75"), ("#### -5", "-5"), ("#### +5", "5"), ("####\n17", "17"),
-        ("#### Paris", "Paris"), (r"\boxed{17}", "17"), (r"\boxed {17}", "17"), (r"\fbox{17}", "17"),
-        (r"so $\boxed 7$.", "7"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{x = \{1\}, y = \{}", r"x = \{1\}, y = \{"), ("#### 3\nno, #### 17", "17"),
-        ("#### 42\n\nThis answer is correct.", "42"), (r"\boxed{42}. I hope it is.", "42"),
-        ("<think>#### 3</think>#### 17", "17"), ("#### 17\n\nQuestion: 1 + 1?\n#### 2", "17"),
-        ("#### 17\n\n**Problem 2:** 1 + 1?\n\\boxed{2}", "17"), (r"\boxed{12} and then \boxed{1", "12"),
-        ("#### " + "9" * 5000, "9" * 5000),  # longer than Python makes an integer of
-    ],
-    False: [
-        ("", ""), ("", "17"), ("17", "17"), ("####", ""), ("#### ", "17"), (r"\boxed{}", ""),
-        (r"\boxed{17", "17"), ("#### 170", "17"), ("#### 1,00", "100"), ("#### 1,0000", "10000"),
-        ("#### 17,18", "1718"), ("#### 17 or 18", "17"), ("#### 17 eggs", "17"), ("#### 1 7", "17"),
-        ("#### 3/0", "3"), ("#### 1_000", "1000"), ("#### 1e3", "1000"), ("#### 17x", "17"),
-        ("#### paris", "Paris"), (r"\boxed{X}", "x"), ("The answer is 17.", "17"),
-        ("#### 17\nno, #### 18", "17"), (r"\boxed{1} and \boxed{2}", "2"), (r"\boxed{1}, \boxed{2}", "2"),
-        (r"$x = \boxed{1}$ or $x = \boxed{2}$", "2"), ("<think>Maybe \\boxed{12}? Let me", "12"),
-        ("<think>\\boxed{3}</think> It is 4.", "3"), ("\\boxed{3}</think> It is 4.", "3"),
-        ("She has 18.\n\nQuestion: 1 + 1?\n#### 2", "2"), ("#### 5\n\nQ: 1 + 1?\n#### 2", "2"),
-        ("#### " + "9" * 5000, "9" * 999), (r"\boxed " + "9" * 5000, "9" * 1000),
-        ("#### 5\nUser: and now?\n#### 2", "2"), ("#### 5\n\nProblem 2. 1 + 1?\n#### 2", "2"),
-    ],
-}
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_the_core_compares_text_and_numbers(right):
-    assert not [case for case in PLAIN[right] if data.correct(*case) is not right]
 
 
 def test_where_in_doubt_the_core_says_wrong():
