@@ -1,4 +1,4 @@
-"""Chat templates, special tokens, stop ids, decoding. Run: python -m pytest tests/test_prompts.py"""
+"""Chat templates, special tokens, decoding. Run: python -m pytest tests/test_prompts.py"""
 
 import json
 import sys
