@@ -193,8 +193,8 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
     """Yield (index, response, number of tokens) for each question of a list.
 
     They are decoded in batches of similar prompt lengths, so the indices come in another order. A
-    question that fills the context is named on stderr and gets an empty response. settings are
-    those of stream().
+    question that fills the context is named on stderr and gets an empty response. A `<think>` with
+    which the prompt ends begins the response. settings are those of stream().
     """
     if isinstance(questions, str):
         raise ValueError("questions must be a list of questions, not one text")
@@ -214,7 +214,8 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
                        prompt_lengths=lengths, **settings)
         for i, ids in zip(batch, new.tolist()):
             ids = answer_ids(ids, tokenizer)
-            yield i, tokenizer.decode(ids), len(ids)
+            thinks = tokenizer.prompt(questions[i]).rstrip().endswith("<think>")
+            yield i, thinks * "<think>" + tokenizer.decode(ids), len(ids)
 
 
 def answer_ids(ids, tokenizer):

@@ -100,7 +100,7 @@ def test_a_phase_gives_back_the_one_before(device):
     with caprese.phase(model, "count", mask):
         caprese.teacher_forced(model, tokens, [5, 7])
         assert call.phase == "count" and call.counted is mask and call.generated is None
-        with pytest.raises(IndexError):  # no such token
+        with pytest.raises(ValueError):  # no such token
             caprese.teacher_forced(model, tokens + 97, [5, 7])
         assert call.phase == "count" and call.counted is mask and call.generated is None
     assert (call.phase, call.counted, call.generated) == ("full", None, None)
