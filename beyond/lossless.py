@@ -118,7 +118,8 @@ def verify(p, q, drafted, generator=None):
 def run_full(model, tokens, cache):
     """Run tokens [1, n] through the full model, and count nothing.
 
-    Returns the logits [n, V], and {ff: [x, act(x Wg), Z]} of each sparse layer.
+    Returns the logits [n, V], and {ff: [x, act(x Wg), Z]} of each sparse layer, noted by hooks: to
+    compute them anew for the tokens that stand would read Wg and W1 a second time.
     """
     activations, hooks = {}, []
     for ff in caprese.sparse_layers(model).values():
