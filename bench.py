@@ -119,10 +119,15 @@ def account(model, prompt_length, generated, reselect=None):
     passes = steps // reselect if reselect else 0
     read = (full * passes + active * (steps - passes)) / steps * itemsize + cache_read
     weights = sum(p.nbytes for p in model.parameters())
-    copies = sum(b.nbytes for b in model.buffers())  # the gathered neurons, and the selection
     cache = position * config.num_hidden_layers * (prompt_length + generated)
     return {"MB per token": read / 1e6, "ratio bytes allow": read / (full * itemsize + cache_read),
-            "weights MB": weights / 1e6, "copies MB": copies / 1e6, "cache MB": cache / 1e6}
+            "weights MB": weights / 1e6, "copies MB": copies(model) / 1e6, "cache MB": cache / 1e6}
+
+
+def copies(model):
+    """Bytes that the sparse layers hold beside weights: gathered neurons and their selection."""
+    layers = caprese.sparse_layers(model).values()
+    return sum(b.nbytes for ff in layers for b in ff.buffers(recurse=False))
 
 
 def memory_speed(device, size=1 << 29):

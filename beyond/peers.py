@@ -100,12 +100,16 @@ def run_peer(model, peer, settings, prompt, generated):
     time_peer(peer, prompt, generated if prompt.is_cuda else min(generated, 3))
     first, total = time_peer(peer, prompt, generated)
     selection, = bench.seconds(model.device, partial(caprese.select, peer), 1)
-    return bench.account(model, prompt.shape[1], generated) | bench.columns(
-        first, selection, total, generated)
+    row = bench.account(model, prompt.shape[1], generated)
+    row |= bench.columns(first, selection, total, generated)
+    return row | {"copies MB": bench.copies(peer) / 1e6}
 
 
 def measure(model, peer, rows, args):
-    """The results of bench.measure; behind each row that of transformers."""
+    """The results of bench.measure; behind each row that of transformers.
+
+    The ratio to full is that to our full model.
+    """
     prompt = bench.make_prompt(model, args)
     runs = {}
     for generated in args.generate:
@@ -116,7 +120,14 @@ def measure(model, peer, rows, args):
     rounds = bench.take_turns(runs, args.repeats, model.device)
     caprese.detach(model)
     caprese.detach(peer)
-    return [bench.result(name, generated, rounds) for name, generated in runs]
+    results = []
+    for generated in args.generate:
+        for name in rows:
+            results.append(bench.result(name, generated, rounds))
+            theirs = bench.result(f"transformers, {name}", generated, rounds)
+            # Their ratio is one to our full model, so it is no saving.
+            results.append(theirs | {"saving reached": None})
+    return results
 
 
 # ---- python -m beyond.peers
