@@ -22,11 +22,12 @@ TOTALS = {  # parameters, as the models' own cards and checkpoints state them
 QUICK = ["--device", "cpu", "--prompt", "6", "--generate", "3", "--repeats", "1"]
 
 
-class MeanAbs(caprese.GRIFFIN):
-    """A method of one's own: the mean magnitude is the statistic."""
+class Magnitude(caprese.GRIFFIN):
+    """A method of one's own: the sum of the magnitudes is the statistic."""
 
     def statistic(self, x, gate, z, counted=None):
-        return z.abs().mean(1)
+        weight = torch.ones_like(z[..., 0]) if counted is None else counted.to(z.dtype)
+        return (weight[:, None] @ z.abs())[:, 0]
 
     def merge(self, s, s_G):
         return s + s_G
@@ -50,7 +51,7 @@ SPARSE_ROWS = {
     "GRIFFIN": {"method": "griffin", "density": 0.4},
     "GRIFFIN + Caprese": {"method": "griffin", "density": 0.4, "rank": 6},
     "GRIFFIN all layers": {"method": "griffin", "density": 0.4, "layers": "all"},
-    "MeanAbs + Caprese": {"method": MeanAbs, "density": 0.4, "rank": 21},
+    "Magnitude + Caprese": {"method": Magnitude, "density": 0.4, "rank": 21},
 }
 
 
@@ -234,11 +235,11 @@ def test_every_row_is_measured_for_every_length(monkeypatch, capsys):
 def test_measuring_leaves_nothing_attached_and_takes_rows_of_ones_own():
     args = bench.arguments(QUICK)
     model = tiny.model()
-    own = {"MeanAbs": {"method": MeanAbs}, "Bias": {"method": Bias}}
+    own = {"Magnitude": {"method": Magnitude}, "Bias": {"method": Bias}}
     rows = bench.measure(model, {"full": None} | own | SPARSE_ROWS, args)
     assert not caprese.sparse_layers(model)
     assert [row["row"] for row in rows] == ["full", *own, *SPARSE_ROWS]
-    assert rows[-1]["row"] == "MeanAbs + Caprese" and rows[-1]["ratio to uncorrected"] > 0
+    assert rows[-1]["row"] == "Magnitude + Caprese" and rows[-1]["ratio to uncorrected"] > 0
 
 
 def test_the_selection_is_timed_on_the_method_that_is_attached(monkeypatch):
@@ -247,20 +248,20 @@ def test_the_selection_is_timed_on_the_method_that_is_attached(monkeypatch):
         [type(ff) for ff in caprese.sparse_layers(model).values()]) or select(model))
     monkeypatch.setattr(bench, "time_model", lambda model, prompt, *rest: (
         sample.generate(model, prompt, 2), (2.0, 6.0))[1])
-    rows = {"full": None, "MeanAbs": {"method": MeanAbs, "layers": [1]}}
+    rows = {"full": None, "Magnitude": {"method": Magnitude, "layers": [1]}}
     results = bench.measure(tiny.model(), rows, bench.arguments(QUICK))
     # A warm-up, the measured run, and the selection alone.
-    assert selected == 3 * [[]] + 3 * [[MeanAbs]]
+    assert selected == 3 * [[]] + 3 * [[Magnitude]]
     assert all(row["selection s"] > 0 for row in results)
 
 
 def test_a_block_has_rows_of_its_own_beside_the_others():
-    block = f"{__name__}:MeanAbs"
+    block = f"{__name__}:Magnitude"
     args = bench.arguments(["--device", "cpu", "--block", block, "--density", "0.3"])
     rows = bench.variants(args)
     without = bench.variants(bench.arguments(["--device", "cpu", "--density", "0.3"]))
     assert list(rows) == [*without, block, f"{block} + Caprese"]
-    assert rows[block] == {"method": MeanAbs, "density": 0.3, "layers": None}
+    assert rows[block] == {"method": Magnitude, "density": 0.3, "layers": None}
     assert rows[f"{block} + Caprese"] == rows[block] | {"rank": 256}
 
 
