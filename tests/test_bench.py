@@ -34,7 +34,8 @@ class Magnitude(caprese.GRIFFIN):
 
 
 class Bias(caprese.GRIFFIN):
-    """A correction of one's own: one vector b [D], which decodes by the masked path."""
+    """A correction of one's own: a vector b [D]. It does not fuse, so all neurons are computed."""
+    gathers = False
 
     def new_adapter(self, rank):
         self.b = torch.nn.Parameter(torch.zeros(self.gate_proj.in_features))
