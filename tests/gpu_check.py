@@ -177,7 +177,7 @@ def learning(args):
     model = caprese.attach(tiny.model(device=args.device), "griffin", rank=8)
     samples = random_samples(model, 64, 48)
     distances = {"sparse": distill.kl_to_full(model, samples)}
-    distill.fit_closed_form(model, data.batches(samples, 16, model.device))
+    distill.fit_closed_form(model, list(data.batches(samples, 16, model.device)))
     distances["closed form"] = distill.kl_to_full(model, samples)
     distill.train_end_to_end(model, samples, lr=3e-3, epochs=4, batch_size=16, loss="kl")
     distances["closed form + E2E"] = distill.kl_to_full(model, samples)
@@ -198,7 +198,7 @@ def memory(args):
     samples = random_samples(model, count, length)
     weights = sum(p.nbytes for p in model.parameters())
     about = {"shape": shape, "tokens": count * length, "weights_GB": weights / 1e9}
-    batches = data.batches(samples, 1, model.device)
+    batches = list(data.batches(samples, 1, model.device))
     stages = {
         "closed form": partial(distill.fit_closed_form, model, batches),
         "E2E": partial(distill.train_end_to_end, model, samples, epochs=1, batch_size=count,
