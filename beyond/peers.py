@@ -50,10 +50,22 @@ def make_peer(model, config):
     return peer
 
 
-def generate(peer, prompt, count):
+class FirstToken:
+    """A stopping criterion that never stops. It notes when the first token is there."""
+    time = None
+
+    def __call__(self, tokens, scores, **kwargs):
+        if self.time is None:
+            self.time = bench.clock(tokens.device)
+        return torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+
+
+def generate(peer, prompt, count, first_token):
     """The next `count` tokens [1, count] of transformers' own greedy loop; prompt is [1, S]."""
+    from transformers import StoppingCriteriaList
     tokens = peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                           max_new_tokens=count, min_new_tokens=count, pad_token_id=0)
+                           max_new_tokens=count, min_new_tokens=count, pad_token_id=0,
+                           stopping_criteria=StoppingCriteriaList([first_token]))
     return tokens[:, prompt.shape[1]:]
 
 
@@ -75,8 +87,8 @@ def check_transformers(model_type):
         for settings in (None, {"method": "griffin", "rank": 4}):
             bench.set_method(model, settings)
             bench.set_method(peer, settings)
-            same = torch.equal(generate(peer, prompt, 2), sample.generate(model, prompt, 2))
-            if not same:
+            theirs = generate(peer, prompt, 2, FirstToken())
+            if not torch.equal(theirs, sample.generate(model, prompt, 2)):
                 raise ValueError("its tokens are others than ours")
     except Exception as error:  # whatever another version does
         reason = (str(error) or repr(error)).splitlines()[0]
@@ -87,10 +99,12 @@ def check_transformers(model_type):
 # ---- the measurement
 
 def time_peer(peer, prompt, generated):
-    """Seconds of transformers' generate in two calls: (for the first token, for all)."""
-    first, = bench.seconds(prompt.device, partial(generate, peer, prompt, 1), 1)
-    total, = bench.seconds(prompt.device, partial(generate, peer, prompt, generated), 1)
-    return first, total
+    """(seconds to the first token, seconds to the last) of transformers' generate."""
+    first_token = FirstToken()
+    start = bench.clock(prompt.device)
+    generate(peer, prompt, generated, first_token)
+    end = bench.clock(prompt.device)
+    return first_token.time - start, end - start
 
 
 def run_peer(model, peer, settings, prompt, generated):
@@ -98,10 +112,10 @@ def run_peer(model, peer, settings, prompt, generated):
     bench.set_method(model, settings)  # bench.account counts what ours reads
     bench.set_method(peer, settings)
     time_peer(peer, prompt, generated if prompt.is_cuda else min(generated, 3))
-    first, total = time_peer(peer, prompt, generated)
-    selection, = bench.seconds(model.device, partial(caprese.select, peer), 1)
+    prefill, total = time_peer(peer, prompt, generated)
+    selection = bench.seconds(model.device, partial(caprese.select, peer), 1)[0]
     row = bench.account(model, prompt.shape[1], generated)
-    row |= bench.columns(first, selection, total, generated)
+    row |= bench.columns(prefill, selection, total, generated)
     return row | {"copies MB": bench.copies(peer) / 1e6}
 
 
