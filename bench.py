@@ -4,6 +4,7 @@ Each generated token reads every weight that it uses, once. So these bytes, divi
 speed, bound the time from below. The memory's speed is measured in the same run. The rows of the
 table take turns, and ratios are taken within a round, so that what else the machine does hits all
 rows alike. Without --model the weights are random: their values make no difference to the time.
+The prefill contains the selection, whose time also has a column of its own.
 
 CATS saves no time here. It selects neurons token by token, and plain PyTorch has no product that
 reads single rows of a matrix and is faster than the full one. So all neurons are computed, and the
@@ -179,13 +180,13 @@ def run_row(model, settings, prompt, generated, reselect):
     # On a GPU the first run records the graphs, so it takes as many tokens.
     time_model(model, prompt, generated if prompt.is_cuda else min(generated, 3), reselect)
     prefill, total = time_model(model, prompt, generated, reselect)
-    selection = seconds(model.device, partial(caprese.select, model), 1)[0]  # the same once more
-    return account(model, prompt.shape[1], generated, reselect) | columns(
-        prefill, selection, total, generated)
+    read = account(model, prompt.shape[1], generated, reselect)
+    return read | times(model, prefill, total, generated)
 
 
-def columns(prefill, selection, total, generated):
-    """The measured seconds as columns of the tables. The prefill contains the selection."""
+def times(model, prefill, total, generated):
+    """The measured seconds as columns of the tables; the selection runs once more, alone."""
+    selection = seconds(model.device, partial(caprese.select, model), 1)[0]
     return {"prefill s": prefill, "selection s": selection, "total s": total,
             "ms per token": 1e3 * (total - prefill) / (generated - 1)}
 
@@ -238,9 +239,8 @@ def result(name, generated, rounds):
     row["ratio to full"] = median_ratio(own, rounds.get(("full", generated), ()))
     if row["ratio to full"] and row["ratio bytes allow"] < 1:
         row["saving reached"] = (1 - row["ratio to full"]) / (1 - row["ratio bytes allow"])
-    uncorrected = name.removesuffix(" + Caprese")
-    others = rounds.get((uncorrected, generated), ()) if uncorrected != name else ()
-    row["ratio to uncorrected"] = median_ratio(own, others)
+    uncorrected = name.rpartition(" + ")[0]  # empty if the row has no correction
+    row["ratio to uncorrected"] = median_ratio(own, rounds.get((uncorrected, generated), ()))
     return row
 
 

@@ -113,9 +113,8 @@ def run_peer(model, peer, settings, prompt, generated):
     bench.set_method(peer, settings)
     time_peer(peer, prompt, generated if prompt.is_cuda else min(generated, 3))
     prefill, total = time_peer(peer, prompt, generated)
-    selection = bench.seconds(model.device, partial(caprese.select, peer), 1)[0]
     row = bench.account(model, prompt.shape[1], generated)
-    row |= bench.columns(prefill, selection, total, generated)
+    row |= bench.times(peer, prefill, total, generated)
     return row | {"copies MB": bench.copies(peer) / 1e6}
 
 

@@ -172,8 +172,9 @@ def test_reselection_passes_are_counted_as_they_happen(generated, reselect):
 
 def test_ratios_are_taken_within_each_round():
     """In the second round everything is ten times slower, and so is the third for the full row."""
-    times = {"full": (1e3, 1e4, 1e4), "GRIFFIN": (900, 9000, 900),
-             "GRIFFIN + Caprese": (900, 9900, 1000)}  # ms per token
+    times = {"full": (1e3, 1e4, 1e4),  # ms per token
+             "GRIFFIN": (900, 9000, 900),
+             "GRIFFIN + Caprese": (900, 9900, 1000), "GRIFFIN + LoRA": (990, 9900, 990)}
     rounds = {}
     for name, values in times.items():
         columns = {"MB per token": 80.0, "memory GB/s": 0.16, "prefill s": 2.0,
@@ -185,6 +186,7 @@ def test_ratios_are_taken_within_each_round():
     assert row["ratio to full"] == pytest.approx(0.9)  # of 0.9, 0.99, 0.1
     assert row["saving reached"] == pytest.approx(0.5)
     assert row["ratio to uncorrected"] == pytest.approx(1.1)  # of 1, 1.1, 1.11
+    assert bench.result("GRIFFIN + LoRA", 5, rounds)["ratio to uncorrected"] == pytest.approx(1.1)
     first = bench.result("full", 5, rounds)
     assert first["ratio to full"] == 1 and first["ratio to uncorrected"] is None
     assert first["saving reached"] is None
