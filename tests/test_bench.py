@@ -247,13 +247,15 @@ def test_measuring_leaves_nothing_attached_and_takes_rows_of_ones_own():
 
 def test_the_selection_is_timed_on_the_method_that_is_attached(monkeypatch):
     selected, select = [], caprese.select
-    monkeypatch.setattr(caprese, "select", lambda model: selected.append(
-        [type(ff) for ff in caprese.sparse_layers(model).values()]) or select(model))
-    monkeypatch.setattr(bench, "time_model", lambda model, prompt, *rest: (
-        sample.generate(model, prompt, 2), (2.0, 6.0))[1])
+
+    def watched(model):
+        selected.append([type(ff) for ff in caprese.sparse_layers(model).values()])
+        select(model)
+
+    monkeypatch.setattr(caprese, "select", watched)
     rows = {"full": None, "Magnitude": {"method": Magnitude, "layers": [1]}}
     results = bench.measure(tiny.model(), rows, bench.arguments(QUICK))
-    # A warm-up, the measured run, and the selection alone.
+    # In a warm-up, in the measured run, and alone.
     assert selected == 3 * [[]] + 3 * [[Magnitude]]
     assert all(row["selection s"] > 0 for row in results)
 
