@@ -37,7 +37,9 @@ def sparse(model, method="griffin", layers=None, rank=4):
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize("layers", [None, "all"])
 @pytest.mark.parametrize("method", ["griffin", "cats"])
-@pytest.mark.parametrize("family", tiny.VARIANTS)
+@pytest.mark.parametrize("family", [
+    family if family in ("llama", "gemma2") else pytest.param(family, marks=pytest.mark.slow)
+    for family in tiny.VARIANTS])
 def test_greedy_output_is_the_full_models(family, method, layers, rank):
     model = full_model(**tiny.VARIANTS[family])
     prompt = tiny.tokens(1, 7)
@@ -96,6 +98,7 @@ def test_the_answer_ends_where_the_full_models_does():
         assert found[0].tolist() == tokens[:limit]
 
 
+@pytest.mark.slow
 def test_sampling_keeps_the_full_models_distribution(monkeypatch):
     """The first three tokens of 1,000 answers against their exact probabilities, by chi-square."""
     monkeypatch.setattr(lossless, "SURE", 0.38)  # drafts of two tokens, and some of one
@@ -204,7 +207,7 @@ def test_the_statistic_holds_within_an_answer():
 def test_the_hooks_of_a_pass_are_removed_even_if_it_fails():
     model = sparse(tiny.model())
     cache = model.new_cache(1, 2)
-    with pytest.raises((RuntimeError, IndexError)):
+    with pytest.raises(ValueError, match="room for 2 tokens"):
         lossless.run_full(model, tiny.tokens(1, 9), cache)  # more than the cache holds
     lossless.generate(model, tiny.tokens(1, 5), 6, 3)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

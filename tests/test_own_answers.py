@@ -174,6 +174,7 @@ def test_a_model_without_a_stop_id_is_refused(run, tmp_path, monkeypatch):
 
 # ---- an interrupt
 
+@pytest.mark.slow
 def test_it_resumes_to_the_same_bytes_whenever_it_is_killed(run, tmp_path, monkeypatch):
     file, states = tmp_path / "own.jsonl", []
     settings = ["-n", 2, "--batch-size", 4, "--max-new-tokens", 40]  # some answers are longer
