@@ -159,13 +159,8 @@ def ratios(model, counts):
     """
     if not counts["passes"]:
         return {}
-    layers = caprese.sparse_layers(model).values()
-    read = sum(p.numel() for p in model.parameters())
-    if not model.config.tie_word_embeddings:  # of embeddings that are no head one row is read
-        read -= model.model.embed_tokens.weight.numel()
-    full = read - sum(p.numel() for p in caprese.adapter_parameters(model).values())
-    dropped = sum(sum(p.numel() for p in ff.parameters()) - ff.active_parameters() for ff in layers)
-    drafts = counts["drafted"] * (read - dropped) / full
+    full, sparse = bench.weights_read(model)
+    drafts = counts["drafted"] * sparse / full
     return {"acceptance": round(counts["accepted"] / max(1, counts["drafted"]), 3),
             "tokens_per_pass": round(counts["tokens"] / counts["passes"], 2),
             "bytes_to_full": round((counts["passes"] + drafts) / counts["tokens"], 3)}
@@ -204,7 +199,7 @@ def print_times(args, out):
     probability a, a pass over n tokens yields 1 + a + ... + a^(n-1) tokens.
     """
     sample.check_device(args.device)
-    args.model, args.shape, args.config = args.time, args.time, bench.SHAPES[args.time]
+    args.shape, args.config = args.time, bench.SHAPES[args.time]
     print(f"Timing {args.time}, random weights, on {args.device} with {torch.get_num_threads()} "
           f"CPU threads: a prompt of {CONTEXT} tokens.\n", file=out)
     model = bench.make_model(args)
