@@ -84,12 +84,8 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     that fills the context, and on logits that are not finite.
     """
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
-    if prompt_lengths is None:
-        prompt_lengths = [tokens.shape[1]] * len(tokens)
-    lengths = caprese.check_lengths(tokens, prompt_lengths)
+    lengths = check_lengths(model, tokens, prompt_lengths)
     context = model.config.max_position_embeddings
-    if lengths.max() >= context:
-        raise ValueError(f"{lengths.max()} prompt tokens; the context holds 1 to {context - 1}")
     cache, logits = prefill(model, tokens, max_new_tokens, lengths, samples)
     lengths = lengths.repeat_interleave(samples)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=tokens.device)
@@ -130,6 +126,17 @@ def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1)
         raise ValueError(f"top_p {top_p} must lie in (0, 1]")
     if max_new_tokens < 1 or samples < 1 or (reselect is not None and reselect < 1):
         raise ValueError("max_new_tokens, samples and reselect must be at least 1")
+
+
+def check_lengths(model, tokens, prompt_lengths=None):
+    """The lengths [B] of the prompts in tokens [B, S]; ValueError if one fills the context."""
+    if prompt_lengths is None:
+        prompt_lengths = [tokens.shape[1]] * len(tokens)
+    lengths = caprese.check_lengths(tokens, prompt_lengths)
+    most = model.config.max_position_embeddings - 1
+    if lengths.max() > most:
+        raise ValueError(f"{lengths.max()} prompt tokens; the context holds 1 to {most}")
+    return lengths
 
 
 def prefill(model, tokens, max_new_tokens, prompt_lengths, samples=1):
