@@ -369,14 +369,17 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     detach(model)
     all_layers = decoder(model).layers
     indices = layer_indices(layers, len(all_layers), block)
-    call = Call()
-    if hasattr(model, "generate"):  # a model of transformers; ours has none
+    of_transformers = hasattr(model, "generate")  # ours has none
+    if of_transformers:
         from beyond import in_transformers
-        call.hooks = in_transformers.watch(model, indices, call)
-    hidden_size = all_layers[0].mlp.gate_proj.in_features
+        in_transformers.check(model, indices)
+    hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
     if not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
     gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
+    call = Call()
+    if of_transformers:
+        call.hooks = in_transformers.watch(model, call)
     for i in indices:
         ff = block(all_layers[i].mlp, density, rank, call)
         # Of weights that are spread over several devices no neuron can be gathered.
@@ -408,13 +411,21 @@ def detach(model):
 
 
 def decoder(model):
-    """The part that holds the layers; models of transformers for text and images nest it."""
-    return getattr(model.model, "language_model", model.model)
+    """The part that holds the layers; models of transformers for text and images nest it.
+
+    Raises ValueError if there is none.
+    """
+    inner = getattr(model, "model", None)
+    found = getattr(inner, "language_model", inner)
+    if not hasattr(found, "layers"):
+        raise ValueError(f"{type(model).__name__} has no model.layers to replace MLPs in; of a "
+                         "model of PEFT take what merge_and_unload() returns")
+    return found
 
 
 def sparse_layers(model):
     """{layer index: its SparseFF}, in order; empty if nothing is attached."""
-    mlps = enumerate(layer.mlp for layer in decoder(model).layers)
+    mlps = enumerate(getattr(layer, "mlp", None) for layer in decoder(model).layers)
     return {i: mlp for i, mlp in mlps if isinstance(mlp, SparseFF)}
 
 
