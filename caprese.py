@@ -209,7 +209,7 @@ class GRIFFIN(SparseFF):
         weight = 1 / energy.sum(-1).clamp_min(1e-30)             # [B, T], 1 / |Z_i|^2
         if counted is not None:
             weight = weight * counted
-        return (weight[:, None] @ energy)[:, 0].sqrt()           # [B, F], s
+        return (weight[..., None] * energy).sum(1).sqrt()        # [B, F], s
 
     def merge(self, s, s_G):
         """The statistic of all tokens, from that of the earlier and of the later ones."""
