@@ -86,10 +86,11 @@ class SparseFF(nn.Module):
         if self.call.phase == "decode":
             return self.decode(x)
         if self.call.phase == "teacher_forced":
-            return self.teacher_forced(x, self.call.generated)
+            return self.teacher_forced(x, self.call.generated.to(x.device))
         gate, z = self.neurons(x)
         if self.call.phase == "count":
-            self.count(x, gate, z, self.call.counted)
+            counted = self.call.counted
+            self.count(x, gate, z, None if counted is None else counted.to(x.device))
         return self.down_proj(z)  # (2)
 
     def neurons(self, x):
