@@ -100,6 +100,7 @@ class SparseFF(nn.Module):
 
     # -- the correction
 
+    @torch.inference_mode(False)  # or the correction could never learn
     def new_adapter(self, rank):
         """Create L and R. R is zero, so that training starts from the sparse method exactly."""
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
@@ -107,6 +108,7 @@ class SparseFF(nn.Module):
         self.L = nn.Parameter(L)
         self.R = nn.Parameter(torch.zeros(rank, D, device=device, dtype=torch.float32))
 
+    @torch.inference_mode(False)
     def set_adapter(self, L, R):
         """Take L [D, r] and R [r, D] as the correction; r may be another than before.
 
@@ -117,8 +119,8 @@ class SparseFF(nn.Module):
         fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
         if not fits or not L.isfinite().all() or not R.isfinite().all():
             raise ValueError(f"L, R must have the shapes [{D}, r], [r, {D}] and finite values")
-        self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous())
-        self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous())
+        self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous().clone())
+        self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous().clone())
 
     def adapter_parameters(self):
         """{name: parameter} of the correction."""
