@@ -296,7 +296,8 @@ def measure(model, tokenizer, unseen, args):
     row = distill.measure(model, tokenizer, unseen, args)
     for file in args.problems:
         name = Path(file).stem
-        problems = data.read_problems(file, args.eval_samples, evaluation=True, boxed=True)
+        problems = data.read_problems(file, args.eval_samples, evaluation=True,
+                                      boxed=args.boxed)
         row[f"{name} right"], row[f"{name} error"] = evaluate(
             model, tokenizer, problems, args.max_new_tokens, args.micro_batch)
     return row
@@ -307,6 +308,8 @@ def distill_command(argv):
     ours = argparse.ArgumentParser(add_help=False)
     ours.add_argument("--problems", action="append", default=[], metavar="FILE",
                       help="problems to answer, for the column of right answers")
+    ours.add_argument("--boxed", action="store_true",
+                      help="ask for the answer in a box, as an official chat model needs it")
     ours.add_argument("--max-new-tokens", type=sample.positive, default=512,
                       help="of an answer to --problems (default: %(default)s)")
     args = distill.arguments(argv, parents=[ours])

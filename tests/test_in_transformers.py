@@ -650,3 +650,98 @@ def test_autocast(method):
         for ff in caprese.sparse_layers(model).values():
             for name in ("s", "tau") if method == "griffin" else ("tau",):
                 assert getattr(ff, name, torch.zeros(1)).dtype == torch.float32
+
+
+def test_layers_on_two_devices():
+    """A layer on another device gets its masks there, and selects there (meta: only shapes)."""
+    model = tiny.fill(caprese.attach(family("qwen3"), "griffin", 0.4, "all", 4))
+    tokens = torch.arange(3, 14).repeat(2, 1)
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+
+    def to_meta(module, args, kwargs):
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"),
+                                                 (args, kwargs))
+
+    for part in (model.model.layers[1], model.model.norm, model.lm_head):
+        part.to("meta").register_forward_pre_hook(to_meta, with_kwargs=True)
+    here, there = caprese.sparse_layers(model).values()
+    with torch.no_grad():
+        logits = caprese.teacher_forced(model, tokens, [5, 9])
+        assert logits.is_meta and logits.shape == (2, 11, 97)
+        with caprese.phase(model, "count", counted=mask.bool()):
+            model(tokens)
+    assert not here.s.is_meta and there.s.is_meta
+    assert there.top_neurons(there.s).shape == (2, there.num_kept)
+    here.select()
+    assert here.kept.sum(-1).tolist() == [here.num_kept] * 2
+
+
+# ---- the commands
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["in_transformers", *map(str, arguments)])
+    in_transformers.main()
+
+
+@pytest.fixture
+def rows_of_data(tmp_path):
+    """A file of a few of the bundled model's problems."""
+    file = tmp_path / "maths.jsonl"
+    rows = [{"question": p.question, "response": p.response, "answer": p.answer}
+            for p in data.problems("maths", 8, 0, steps=2)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_distill_and_answer(monkeypatch, tmp_path, capsys, rows_of_data):
+    """The bundled model in transformers: the table, the adapter, three answers; as distill.py."""
+    out = tmp_path / "a.safetensors"
+    flags = ["--model", sample.BUNDLED, "--data", rows_of_data, "--eval-data", rows_of_data,
+             "--eval-samples", 4, "--rank", 4, "--e2e-epochs", 1, "--json", "--out", out]
+    command(monkeypatch, "distill", *flags, "--problems", rows_of_data, "--max-new-tokens", 40)
+    theirs = json.loads(capsys.readouterr().out)["rows"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
+    distill.distill(distill.arguments())
+    ours = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["method"] for row in theirs] == ["full", "griffin", "+ layer-wise", "+ E2E"]
+    for our_row, their_row in zip(ours, theirs):
+        assert their_row["maths kl"] == pytest.approx(our_row["maths kl"], rel=1e-3, abs=1e-6)
+        assert their_row["unexplained"] == pytest.approx(our_row["unexplained"], rel=1e-3)
+    assert theirs[0]["maths right"] == 1.0 and theirs[0]["maths error"] > 0
+
+    question = data.ask(data.problems("maths", 1, 0, steps=2)[0])
+    command(monkeypatch, "answer", "--model", sample.BUNDLED, "--adapter", out, question, "--json",
+            "--max-new-tokens", 40)
+    answers = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["method"] for row in answers] == ["full", "sparse", "sparse + Caprese"]
+    model, tokenizer = Transformer.from_pretrained(sample.BUNDLED), data.Tokenizer(sample.BUNDLED)
+    for row in answers:
+        if row["method"] == "sparse":
+            caprese.attach(model)
+        elif row["method"] != "full":
+            caprese.load_adapter(model, out)
+        ((_, response, _),) = sample.respond(model, tokenizer, [question], max_new_tokens=40)
+        assert row["response"] == response
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "distill or answer"), (["learn"], "distill or answer"),
+    (["distill"], "--model is needed"),
+    (["distill", "--model", "x", "--data", "y", "--layerwise", "sequential"], "our own model.py"),
+    (["answer", "--adapter", "missing.safetensors", "p"], "missing.safetensors does not exist"),
+    (["distill", "--model", str(FIXTURES), "--data", "y"], "config.json"),
+])
+def test_wrong_commands_end_in_one_line(monkeypatch, arguments, message):
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        command(monkeypatch, *arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_that_transformers_cannot_load_is_one_line(monkeypatch, tmp_path):
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((sample.BUNDLED / name).read_bytes())
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(ValueError, match="transformers cannot load") as error:
+        command(monkeypatch, "distill", "--model", tmp_path, "--data", "y")
+    assert "\n" not in str(error.value)
