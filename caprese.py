@@ -85,10 +85,11 @@ class SparseFF(nn.Module):
         if self.call.phase == "decode":
             return self.decode(x)
         if self.call.phase == "teacher_forced":
-            return self.teacher_forced(x, self.call.generated)
+            return self.teacher_forced(x, self.call.generated.to(x.device))
         gate, z = self.neurons(x)
         if self.call.phase == "count":
-            self.count(x, gate, z, self.call.counted)
+            counted = self.call.counted
+            self.count(x, gate, z, None if counted is None else counted.to(x.device))
         return self.down_proj(z)  # (2)
 
     def neurons(self, x):
@@ -98,6 +99,7 @@ class SparseFF(nn.Module):
 
     # -- the correction
 
+    @torch.inference_mode(False)  # or the correction could never learn
     def new_adapter(self, rank):
         """Create L and R. R is zero, so that training starts from the sparse method exactly."""
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
@@ -105,6 +107,7 @@ class SparseFF(nn.Module):
         self.L = nn.Parameter(L)
         self.R = nn.Parameter(torch.zeros(rank, D, device=device, dtype=torch.float32))
 
+    @torch.inference_mode(False)
     def set_adapter(self, L, R):
         """Take L [D, r] and R [r, D] as the correction; r may be another than before.
 
@@ -115,8 +118,8 @@ class SparseFF(nn.Module):
         fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
         if not fits or not L.isfinite().all() or not R.isfinite().all():
             raise ValueError(f"L, R must have the shapes [{D}, r], [r, {D}] and finite values")
-        self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous())
-        self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous())
+        self.L = nn.Parameter(L.detach().to(device, torch.float32).contiguous().clone())
+        self.R = nn.Parameter(R.detach().to(device, torch.float32).contiguous().clone())
 
     def adapter_parameters(self):
         """{name: parameter} of the correction."""
@@ -208,7 +211,7 @@ class GRIFFIN(SparseFF):
         weight = 1 / energy.sum(-1).clamp_min(1e-30)             # [B, T], 1 / |Z_i|^2
         if counted is not None:
             weight = weight * counted
-        return (weight[:, None] @ energy)[:, 0].sqrt()           # [B, F], s
+        return (weight[..., None] * energy).sum(1).sqrt()        # [B, F], s
 
     def merge(self, s, s_G):
         """The statistic of all tokens, from that of the earlier and of the later ones."""
@@ -365,14 +368,17 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     detach(model)
     all_layers = decoder(model).layers
     indices = layer_indices(layers, len(all_layers), block)
-    call = Call()
-    if hasattr(model, "generate"):  # a model of transformers; ours has none
+    of_transformers = hasattr(model, "generate")  # ours has none
+    if of_transformers:
         from beyond import in_transformers
-        call.hooks = in_transformers.watch(model, indices, call)
-    hidden_size = all_layers[0].mlp.gate_proj.in_features
+        in_transformers.check(model, indices)
+    hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
     if not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
     gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
+    call = Call()
+    if of_transformers:
+        call.hooks = in_transformers.watch(model, call)
     for i in indices:
         ff = block(all_layers[i].mlp, density, rank, call)
         # Of weights that are spread over several devices no neuron can be gathered.
@@ -404,13 +410,21 @@ def detach(model):
 
 
 def decoder(model):
-    """The part that holds the layers; models of transformers for text and images nest it."""
-    return getattr(model.model, "language_model", model.model)
+    """The part that holds the layers; models of transformers for text and images nest it.
+
+    Raises ValueError if there is none.
+    """
+    inner = getattr(model, "model", None)
+    found = getattr(inner, "language_model", inner)
+    if not hasattr(found, "layers"):
+        raise ValueError(f"{type(model).__name__} has no model.layers to replace MLPs in; of a "
+                         "model of PEFT take what merge_and_unload() returns")
+    return found
 
 
 def sparse_layers(model):
     """{layer index: its SparseFF}, in order; empty if nothing is attached."""
-    mlps = enumerate(layer.mlp for layer in decoder(model).layers)
+    mlps = enumerate(getattr(layer, "mlp", None) for layer in decoder(model).layers)
     return {i: mlp for i, mlp in mlps if isinstance(mlp, SparseFF)}
 
 

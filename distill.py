@@ -57,6 +57,15 @@ def logits(model, hidden_states):
     return model.logits(hidden_states)
 
 
+def recompute_activations(model, wanted):
+    """Gradient checkpointing: compute activations again in the backward pass, or keep them."""
+    if hasattr(model, "generate"):
+        from beyond import in_transformers
+        in_transformers.recompute_activations(model, wanted)
+    else:
+        model.model.gradient_checkpointing = wanted
+
+
 @torch.no_grad()
 def visit_residuals(model, batch, visit):
     """Run the full model over a batch; at each sparse layer, call visit(ff, x, e).
@@ -241,12 +250,12 @@ def train_end_to_end(model, samples, lr=1e-4, epochs=3, batch_size=16, loss="mse
     gradient_checkpointing computes activations again in the backward pass, to save memory.
     """
     distance = {"mse": mse, "kl": kl_divergence}[loss]
-    model.model.gradient_checkpointing = gradient_checkpointing
+    recompute_activations(model, gradient_checkpointing)
     try:
         train(model, samples, partial(e2e_backward, distance=distance), "E2E", lr, epochs,
               batch_size, **settings)
     finally:
-        model.model.gradient_checkpointing = False
+        recompute_activations(model, False)
 
 
 def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16, seed=0,
@@ -395,9 +404,10 @@ def say_what_teaches(samples, model, out):
     """Print how many tokens teach; a warning if x L R can follow each of them."""
     count = sum(len(response) for _, response in samples)
     print(f"{len(samples)} samples, {count} response tokens.", file=out)
-    if count < model.config.hidden_size:
-        print(f"note: {count} response tokens are fewer than the hidden_size, "
-              f"{model.config.hidden_size}: x L R will learn them by heart", file=sys.stderr)
+    hidden_size = caprese.decoder(model).config.hidden_size
+    if count < hidden_size:
+        print(f"note: {count} response tokens are fewer than the hidden_size, {hidden_size}: "
+              "x L R will learn them by heart", file=sys.stderr)
 
 
 def layerwise_stage(model, samples, args, checkpoint):
@@ -449,9 +459,13 @@ def layer_indices(text):
     return text if text == "all" else [int(i) for i in text.split(",")]
 
 
-def arguments(argv=None):
-    """The command line, the recipe filled in; ValueError for flags that do not go together."""
-    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0]))
+def arguments(argv=None, parents=()):
+    """The command line, the recipe filled in; ValueError for flags that do not go together.
+
+    parents are parsers of further flags.
+    """
+    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0],
+                                                           parents=parents))
     recipe = "; ".join(f"{flag} {', '.join(map(str, values))}" for flag, values in RECIPES.items())
     parser.epilog = f"Defaults for the bundled model, an own model, --paper: {recipe}"
     sample.method_arguments(parser, default="griffin")
@@ -536,11 +550,11 @@ def open_checkpoint(args, settings, out):
     return checkpoint
 
 
-def distill(args, load=sample.load, shard=None):
+def distill(args, load=sample.load, shard=None, measure=measure, command=("sample.py",)):
     """Both stages and the table, as args say; writes the adapter.
 
-    load(args) gives (model, tokenizer), and shard(model) spreads the base weights over devices: see
-    beyond/several_devices.py.
+    The rooms of beyond/ hand in what differs there: load(args) -> (model, tokenizer), shard(model),
+    which spreads the base weights over devices, measure(...), and the command that answers.
     """
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
@@ -587,7 +601,7 @@ def distill(args, load=sample.load, shard=None):
         caprese.save_adapter(model, args.out, settings["model"])
         checkpoint.file.unlink(missing_ok=True)
     question = ["--model", args.model, "your question"] if args.model else []
-    command = ["python", "sample.py", "--adapter", args.out, *question]
+    command = ["python", *command, "--adapter", args.out, *question]
     print(f"\nwrote {args.out}; try: {shlex.join(command)}", file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))

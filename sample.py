@@ -408,7 +408,7 @@ def describe(model):
     added = caprese.added_parameters(model)
     correction = f", x L R of {added:.1%} more parameters" if added else ""
     return (f"{caprese.method_name(type(ff))}, {ff.density:.0%} of the neurons in {len(layers)} "
-            f"of {len(model.model.layers)} layers{correction}")
+            f"of {len(caprese.decoder(model).layers)} layers{correction}")
 
 
 def print_steps(steps, tokenizer, out, reference):
