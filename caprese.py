@@ -52,6 +52,7 @@ class SparseFF(nn.Module):
     The base weights are the MLP's own Linears. The module's own parameters are the correction,
     L [D, r] and R [r, D] in float32. A method is a subclass, which must have
 
+        reset()                             forget the tokens counted so far
         count(x, gate, z, counted)          remember what the counted tokens [B, T] say
         select()                            select from the tokens counted so far
         selection(x, gate, z, counted)      what the counted tokens select, nothing is remembered
@@ -155,11 +156,6 @@ class SparseFF(nn.Module):
 
     # -- state
 
-    def reset(self):
-        """Forget the tokens counted so far, and the selection."""
-        for name in self.row_state:
-            setattr(self, name, None)
-
     def reorder(self, rows):
         """Continue with these rows [n] int64 of the batch; a row may occur several times."""
         for name in self.row_state:
@@ -218,6 +214,9 @@ class GRIFFIN(SparseFF):
     def merge(self, s, s_G):
         """The statistic of all tokens, from that of the earlier and of the later ones."""
         return torch.hypot(s, s_G)  # section 4.1.1: sqrt(s^2 + s_G^2)
+
+    def reset(self):
+        self.s = None
 
     @torch.no_grad()
     def count(self, x, gate, z, counted):
@@ -295,8 +294,11 @@ def copy_columns(weight, columns, out):
 # ---- CATS: a choice of neurons for each token, by a threshold for each sequence
 
 class CATS(SparseFF):
-    """Keeps, for each token, the neurons whose gate is at least tau [B] in magnitude."""
-    row_state = ("tau",)
+    """Keeps, for each token, the neurons whose gate is at least tau [B] in magnitude.
+
+    prompt_tau is that of the prompt counted last, tau that of the last selection.
+    """
+    row_state = ("prompt_tau", "tau")
     shrunk = ("up_proj", "down_proj")  # all of Wg is needed to choose the neurons
 
     def threshold(self, gate, counted=None):
@@ -318,13 +320,16 @@ class CATS(SparseFF):
         tau = tau.to(gate.dtype)[:, None, None]
         return z * (gate.abs() >= tau)  # (5)
 
+    def reset(self):
+        self.prompt_tau = None
+
     @torch.no_grad()
     def count(self, x, gate, z, counted):
-        if self.tau is None:  # tau is that of the prefill alone, also after a reselection
-            self.tau = self.threshold(gate, counted)
+        if self.prompt_tau is None:  # tau is that of the prefill alone: a reselection keeps it
+            self.prompt_tau = self.threshold(gate, counted)
 
     def select(self):
-        pass  # tau is the selection
+        self.buffer("tau", self.prompt_tau.shape, torch.float32).copy_(self.prompt_tau)
 
     def decode(self, x):
         gate, z = self.neurons(x)

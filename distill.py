@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -173,30 +174,24 @@ def layerwise_backward(model, batch):
     return sum(losses)
 
 
-def mse_backward(model, batch):
-    """Equation (8): the MSE between the final embeddings of the full and the sparse model."""
+def e2e_backward(model, batch, distance):
+    """The distance of the sparse model's final embeddings from the full model's. Returns it."""
     with torch.no_grad(), caprese.phase(model, "full"):
         teacher = embeddings(model, batch.tokens)[batch.response]  # [N, D]; the weights are shared
     with caprese.phase(model, "teacher_forced", generated=batch.generated):
         student = embeddings(model, batch.tokens)[batch.response]  # [N, D]
-        loss = (student.float() - teacher.float()).square().mean(-1).sum()  # (8)
+        loss = distance(model, student, teacher)
         loss.backward()  # within the phase, for checkpointing runs the blocks again
     return loss.detach()
 
 
-def kl_backward(model, batch):
-    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats."""
-    with torch.no_grad(), caprese.phase(model, "full"):
-        teacher = embeddings(model, batch.tokens)[batch.response]
-    with caprese.phase(model, "teacher_forced", generated=batch.generated):
-        student = embeddings(model, batch.tokens)[batch.response]
-        loss = kl_divergence(model, student, teacher)
-        loss.backward()
-    return loss.detach()
+def mse(model, student, teacher):
+    """Equation (8): the MSE between the final embeddings [N, D] of both, summed over the tokens."""
+    return (student.float() - teacher.float()).square().mean(-1).sum()  # (8)
 
 
 def kl_divergence(model, student, teacher):
-    """The sum over tokens of KL(full || sparse) in nats, from final embeddings [N, D] each."""
+    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats."""
     chunks = zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK))
     return sum(recompute_later(kl_of_chunk, model, s, t, use_reentrant=False) for s, t in chunks)
 
@@ -240,10 +235,11 @@ def train_end_to_end(model, samples, lr=1e-4, epochs=3, batch_size=16, loss="mse
 
     gradient_checkpointing computes activations again in the backward pass, to save memory.
     """
-    backward = {"mse": mse_backward, "kl": kl_backward}[loss]
+    distance = {"mse": mse, "kl": kl_divergence}[loss]
     model.model.gradient_checkpointing = gradient_checkpointing
     try:
-        train(model, samples, backward, "E2E", lr, epochs, batch_size, **settings)
+        train(model, samples, partial(e2e_backward, distance=distance), "E2E", lr, epochs,
+              batch_size, **settings)
     finally:
         model.model.gradient_checkpointing = False
 
@@ -517,15 +513,13 @@ def settings_of(args, model, samples, unseen):
 
 
 def open_checkpoint(args, settings, out):
-    """The Checkpoint beside --out; None if --resume finds that there is nothing to go on with."""
+    """The Checkpoint beside --out; says so if it goes on from an interrupted run."""
     file = Path(f"{args.out}.state")
     if args.fresh:
         file.unlink(missing_ok=True)
     if args.resume and not file.exists():
-        if not Path(args.out).exists():
-            raise ValueError(f"no interrupted run has left {file}; start without --resume")
-        print(f"{args.out} is finished; there is nothing to resume", file=out)
-        return None
+        raise ValueError(f"there is nothing to resume: no interrupted run has left {file}, and a "
+                         f"finished one has written {args.out}")
     checkpoint = Checkpoint(file, settings)
     if file.exists():
         about = checkpoint.about
@@ -548,8 +542,6 @@ def distill(args, shard=None):
               for file in args.eval_data}
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
-    if checkpoint is None:
-        return
     say_what_teaches(samples, model, out)
     if shard:
         shard(model)
@@ -591,11 +583,11 @@ def distill(args, shard=None):
 
 def print_row(row, out, first):
     """Print a row of the table as soon as it is measured, below the names if it is the first."""
-    widths = [max(12, len(name)) for name in row]
-    if first:
-        print("\n" + "  ".join(map(str.rjust, row, widths)), file=out)
     cells = [sample.format_cell(value) for value in row.values()]
-    print("  ".join(map(str.rjust, cells, widths)), file=out, flush=True)
+    for line in [list(row), cells] if first else [cells]:
+        widths = [24] + [max(9, len(name)) for name in row][1:]
+        line[0] = line[0].ljust(24)
+        print("  ".join(map(str.rjust, line, widths)), file=out, flush=True)
 
 
 def main():

@@ -344,25 +344,23 @@ def load(args):
     return model, data.Tokenizer(folder)
 
 
-class ProgressLines(tqdm):
-    """A progress bar for what is no terminal: a line every 5%, and at most one in 5 seconds."""
+class Lines:
+    """A file for tqdm where there is no terminal: each state of the bar becomes a line."""
 
-    def __init__(self, *args, total, **settings):
-        super().__init__(*args, total=total, miniters=max(1, total // 20), mininterval=5,
-                         maxinterval=math.inf, ncols=0, **settings)
+    def write(self, text):
+        if text.strip():
+            print(text.strip(), file=sys.stderr, flush=True)
 
-    @staticmethod
-    def status_printer(file):
-        def print_line(text):
-            if text.strip():
-                print(text, file=file, flush=True)
-        return print_line
+    def flush(self):
+        pass
 
 
 def progress(steps, name, total, **settings):
-    """tqdm's progress bar over `steps`, on stderr; lines where that is no terminal."""
-    bar = tqdm if sys.stderr.isatty() else ProgressLines
-    return bar(steps, desc=name, total=total, leave=False, **settings)
+    """tqdm's bar over `steps`, on stderr; elsewhere than on a terminal a line every 5%."""
+    if not sys.stderr.isatty():
+        settings |= {"file": Lines(), "ncols": 0, "miniters": max(1, total // 20),
+                     "mininterval": 5, "maxinterval": math.inf}
+    return tqdm(steps, desc=name, total=total, leave=False, **settings)
 
 
 def format_cell(value):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ import data
 import sample
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTION = ("Please reason step by step. Tom has 12 apples. Tom buys 5 more. "
-            "How many apples does Tom have?")
+ADAPTER = sample.BUNDLED / "griffin.safetensors"
+PROBLEM = "Tom has 12 apples. Tom buys 5 more. How many apples does Tom have?"
+QUESTION = f"{data.INSTRUCTION} {PROBLEM}"
 
 
 def test_greedy_is_the_argmax_of_the_models_logits(device):
@@ -43,6 +45,73 @@ def test_generation_ends_at_the_context(device):
     assert sample.generate(model, tiny.tokens(1, 120, device=device), 50).shape == (1, 8)
     with pytest.raises(ValueError, match="context"):
         sample.generate(model, tiny.tokens(1, 128, device=device), 1)
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("method", ["full", "griffin", "cats"])
+def test_a_rows_limit_does_not_depend_on_its_neighbours(method, stop, device):
+    """Each row ends where its own context is full, and gives -1 from then on."""
+    model = tiny.model(device=device, max_position_embeddings=24).double()
+    if method != "full":
+        tiny.fill(caprese.attach(model, method, 0.4, rank=4))
+    tokens, lengths = tiny.tokens(3, 20, device=device), [4, 20, 11]
+    alone = [sample.generate(model, tokens[row:row + 1, :n], 17)[0] for row, n in enumerate(lengths)]
+    assert [len(ids) for ids in alone] == [17, 4, 13]
+    stop_ids = (int(alone[0][9]),) if stop else ()
+    together = sample.generate(model, tokens, 17, prompt_lengths=lengths, stop_ids=stop_ids)
+    for ids, expected in zip(together.tolist(), alone):
+        expected = data.until_stop(expected.tolist(), stop_ids)
+        filler = expected[-1] if expected[-1] in stop_ids else -1
+        assert ids == expected + [filler] * (together.shape[1] - len(expected))
+    assert together.shape[1] == (13 if stop and stop_ids[0] not in alone[2].tolist() else 17) or stop
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_end_decoding(bad, temperature, device):
+    model = tiny.model(device=device)
+    model.model.norm.weight[3] = bad
+    with pytest.raises(ValueError, match="not finite in torch.float32.*--dtype"):
+        sample.generate(model, tiny.tokens(2, 7, device=device), 4, temperature=temperature)
+
+
+def test_a_row_that_is_not_finite_is_seen_beside_good_ones():
+    logits = torch.zeros(3, 5)
+    for bad in (torch.nan, torch.inf):
+        broken = logits.clone()
+        broken[1, 2] = bad
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match="not finite"):
+                sample.choose(broken, temperature)
+    logits[:, 1] = -torch.inf  # a token that is ruled out is no fault
+    assert sample.choose(logits).tolist() == [0, 0, 0]
+
+
+def test_a_question_that_fills_the_context_gets_no_answer_and_the_rest_do(capsys):
+    model = sample.Transformer.from_pretrained(sample.BUNDLED, dtype=torch.float32)
+    tokenizer = data.Tokenizer(sample.BUNDLED)
+    alone = list(sample.respond(model, tokenizer, [QUESTION], 64))
+    found = sorted(sample.respond(model, tokenizer, ["long " * 600, QUESTION], 64))
+    assert found == [(0, "", 0), (1, *alone[0][1:])]
+    assert "question 1 has" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="list of questions"):
+        list(sample.respond(model, tokenizer, QUESTION, 64))
+
+
+def test_evaluate_takes_a_grader_and_gives_an_error_above_zero():
+    model = sample.Transformer.from_pretrained(sample.BUNDLED, dtype=torch.float32)
+    tokenizer = data.Tokenizer(sample.BUNDLED)
+    problems = data.problems("maths", 4, 5)
+    for right in (True, False):
+        accuracy, error = sample.evaluate(model, tokenizer, problems, max_new_tokens=8,
+                                          grade=lambda response, answer: right)
+        assert accuracy == right and error == pytest.approx(0.1)  # 1 / (2 * 4) / (1 + 1 / 4)
+    # Wilson's interval at one standard error, by its definition: |p - q| = sqrt(p (1 - p) / n).
+    for count, fraction in ((10, 0.3), (50, 0.98), (7, 0.0)):
+        error = sample.standard_error(fraction, count)
+        center = (fraction + 1 / (2 * count)) / (1 + 1 / count)
+        for end in (center - error, center + error):
+            assert abs(end - fraction) == pytest.approx((end * (1 - end) / count) ** 0.5, abs=1e-9)
 
 
 def test_a_consumer_that_breaks_off_leaves_the_full_model(device):
@@ -131,32 +200,52 @@ def test_command_answers_three_ways():
     for row in rows:
         shown = f"{row['response']}\n"  # what streamed is what is reported
         assert shown in done.stderr and isinstance(row["correct"], bool)
-        assert row["leaves_full_at"] is not None or row["response"] == rows[0]["response"]
     marks = [line for line in done.stderr.splitlines() if line.strip() == "^"]
-    assert len(marks) == sum(row["leaves_full_at"] is not None for row in rows)
+    assert len(marks) == sum(row["response"] != rows[0]["response"] for row in rows) > 0
 
 
 def test_command_answers_a_prompt(run):
-    code, out, _ = run(QUESTION, "--json")
-    row = json.loads(out)["rows"][0]
-    assert code == 0 and data.correct(row["response"], "17") and row["leaves_full_at"] is None
-    _, out, _ = run(QUESTION, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8",
+    """The bundled model is asked as it was taught, with the instruction, and says so."""
+    code, out, err = run(PROBLEM, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["prompt"] == QUESTION and "--plain" in err
+    assert data.correct(result["rows"][0]["response"], "17")
+    _, out, err = run(QUESTION, "--plain", "--json")
+    assert json.loads(out) | {"rows": None} == {"prompt": QUESTION, "rows": None}
+    assert "--plain" not in err
+    _, out, _ = run(PROBLEM, "--json", "--method", "cats", "--density", "0.9", "--reselect", "8",
                     "-n", "3", "--seed", "3")
     assert len(json.loads(out)["rows"][0]["samples"]) == 3
 
 
-def test_verified_answers_are_the_full_models(run):
-    code, out, err = run("--json", "--verify", "--reselect", "6")
-    full, *drafted = json.loads(out)["rows"]
-    assert code == 0 and "acceptance" not in full
-    for row in drafted:
-        assert row["response"] == full["response"] and row["leaves_full_at"] is None
-        assert 0 < row["acceptance"] <= 1 <= row["tokens_per_pass"] <= 6
-        # A pass reads the full model once, and at most 5 draft steps before it less each.
-        assert 1 < row["bytes_to_full"] * row["tokens_per_pass"] < 1 + 5
-    assert err.count("of the full model's bytes]") == 2
-    for flags in (["--verify"], ["--verify", "--reselect", "6", "-n", "2"]):
-        assert run(*flags)[0] == 2
+def test_compare_answers_any_prompt_three_ways(run):
+    code, out, err = run(PROBLEM, "--json", "--compare", "--adapter", ADAPTER)
+    rows = json.loads(out)["rows"]
+    assert code == 0 and [row["method"] for row in rows] == ["full", "sparse", "sparse + Caprese"]
+    code, out, _ = run(PROBLEM, "--json", "--compare", "--model", sample.BUNDLED)
+    result = json.loads(out)
+    assert code == 0 and result["prompt"] == PROBLEM
+    assert [row["method"] for row in result["rows"]] == ["full", "sparse"]
+
+
+class Fork(caprese.GRIFFIN):
+    """Keeps the neurons that GRIFFIN drops."""
+    def statistic(self, x, gate, z, counted=None):
+        return -super().statistic(x, gate, z, counted)
+
+
+def test_a_block_of_ones_own_answers(run, tmp_path):
+    code, out, err = run(PROBLEM, "--json", "--block", "test_sample:Fork", "--max-new-tokens", 9)
+    assert code == 0 and "test_sample:Fork, 50% of the neurons in 4 of 8 layers" in err
+    _, other, _ = run(PROBLEM, "--json", "--method", "griffin", "--max-new-tokens", 9)
+    assert json.loads(out)["rows"][0]["response"] != json.loads(other)["rows"][0]["response"]
+    model = sample.Transformer.from_pretrained(sample.BUNDLED)
+    file = tmp_path / "fork.safetensors"
+    caprese.save_adapter(caprese.attach(model, Fork, rank=4), file)
+    code, out, err = run(PROBLEM, "--adapter", file)
+    assert code == 2 and "--block" in err and "full model" not in out
+    assert run(PROBLEM, "--adapter", file, "--block", "test_sample:Fork",
+               "--max-new-tokens", 2)[0] == 0
 
 
 @pytest.mark.parametrize("n, temperature, top_p", [(1, 0.0, 1.0), (4, 0.6, 0.95)])
@@ -166,16 +255,14 @@ def test_several_samples_are_drawn_as_in_the_paper(n, temperature, top_p, monkey
     assert (args.temperature, args.top_p) == (temperature, top_p)
 
 
-def test_four_bits_are_no_fraction_of_the_neurons(run):
-    code, out, _ = run(QUESTION, "--method", "int4", "--max-new-tokens", "2")
-    assert code == 0 and "weights of 4 bits" in out and "neurons" not in out
-
-
-def test_a_method_without_a_bundled_adapter_answers_nothing(run, monkeypatch, tmp_path):
+def test_a_method_without_a_bundled_adapter_answers_two_ways(run, monkeypatch, tmp_path):
+    for file in sample.BUNDLED.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "cats.safetensors").unlink()
     monkeypatch.setattr(sample, "BUNDLED", tmp_path)
-    code, out, err = run("--method", "cats")
-    assert (code, out) == (2, "") and len(err.splitlines()) == 1
-    assert "cats.safetensors does not exist" in err
+    code, out, err = run("--method", "cats", "--json", "--max-new-tokens", "3")
+    assert code == 0, err
+    assert [row["method"] for row in json.loads(out)["rows"]] == ["full", "sparse"]
 
 
 def test_a_method_with_a_bundled_adapter_answers_by_it(run, monkeypatch, tmp_path):
@@ -209,7 +296,8 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
     (["x", "--method", "magic"], "magic"),
     (["x", "--density", "1.5"], "(0, 1]"),
     (["x", "--adapter", "none.safetensors"], "none.safetensors"),
-    (["x", "--method", "cats", "--adapter", "models/tiny-math/griffin.safetensors"], "for griffin"),
+    (["x", "--method", "cats", "--adapter", "models/tiny-math/griffin.safetensors"],
+     "for the method griffin"),
     (["x", "--adapter", "models/tiny-math/model.safetensors"], "not a Caprese adapter"),
     (["long " * 600], "context"),
     (["half \ud800 a pair"], "surrogate"),
@@ -219,7 +307,11 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
     (["--model", "models/tiny-math"], "prompt"),
     (["x", "--temperature", "-1"], "temperature"),
     (["x", "--temperature", "nan"], "temperature"),
-    (["--questions", "file.jsonl"], "--out"),
+    (["x", "--block", "nothing:Here"], "nothing:Here"),
+    (["x", "--block", "caprese"], "not module:Class"),
+    (["x", "--block", "caprese:Call"], "not a subclass"),
+    (["x", "--reselect", "4"], "--reselect"),
+    (["x", "--reselect", "0"], "at least 1"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(args, words, run):
     code, _, err = run(*args)
@@ -236,15 +328,13 @@ def bundled():
 
 @pytest.fixture
 def compare(bundled, monkeypatch):
-    """A function: (what is printed, the row, the tokens) of an answer, beside full_ids."""
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    """A function: (what is printed, the tokens) of an answer, beside the tokens of another."""
     monkeypatch.setattr(sys, "argv", ["sample.py", "x", "--device", "cpu"])
 
-    def call(full_ids=(), terminal=False):
+    def call(reference=()):
         out = io.StringIO()
-        out.isatty = lambda: terminal
-        row, ids = sample.answer(*bundled, QUESTION, sample.arguments(), out, full_ids)
-        return out.getvalue(), row, ids
+        _, ids = sample.answer(*bundled, QUESTION, sample.arguments(), out, reference)
+        return out.getvalue(), ids
     return call
 
 
@@ -255,88 +345,56 @@ def other_at(ids, number):
 
 @pytest.mark.parametrize("number", [0, 4, -1])
 def test_a_caret_points_at_the_first_other_token(number, bundled, compare):
-    plain, row, ids = compare()
+    plain, ids = compare()
     number %= len(ids)  # the last one is the stop token, which has no text: behind the answer
-    printed, row, _ = compare(other_at(ids, number))
-    assert row["leaves_full_at"] == number
+    printed, _ = compare(other_at(ids, number))
     before = bundled[1].decode(ids[:number])
     text = plain.splitlines()[0]
     space = text[len(before):len(before) + 1] == " "  # the caret points at the word, not before it
     assert printed == plain + " " * (len(before) + space) + "^\n"
 
 
-@pytest.mark.parametrize("no_color", [None, ""])
-def test_on_a_terminal_the_rest_is_red(no_color, bundled, compare, monkeypatch):
-    plain, _, ids = compare()
-    if no_color is not None:
-        monkeypatch.setenv("NO_COLOR", no_color)
-    printed, row, _ = compare(other_at(ids, 4), terminal=True)
-    assert row["leaves_full_at"] == 4
-    first, *red = printed.split("\033[31m")
-    assert first == bundled[1].decode(ids[:4]) and len(red) > 1
-    assert all(part.count("\033[0m") == 1 for part in red)
-    assert printed.replace("\033[31m", "").replace("\033[0m", "") == plain
-    assert printed.endswith("\033[0m\n")
-
-
-def test_no_color_gives_a_caret_on_a_terminal(compare, monkeypatch):
-    _, _, ids = compare()
-    monkeypatch.setenv("NO_COLOR", "1")
-    printed = [compare(other_at(ids, 4), terminal)[0] for terminal in (False, True)]
-    assert printed[0] == printed[1] and "^" in printed[1] and "\033" not in printed[1]
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_an_equal_answer_has_no_mark(terminal, compare):
-    plain, _, ids = compare()
-    printed, row, _ = compare(ids, terminal)
-    assert printed == plain and row["leaves_full_at"] is None
+def test_an_equal_answer_has_no_mark(compare):
+    plain, ids = compare()
+    assert compare(ids)[0] == plain
 
 
 def test_several_samples_have_no_mark(run):
     code, out, err = run("--json", "-n", "2", "--max-new-tokens", "4")
-    assert code == 0 and "^" not in err and "\033" not in err
-    rows = json.loads(out)["rows"]
-    assert len(rows) == 3 and all(row["leaves_full_at"] is None for row in rows)
+    assert code == 0 and "^" not in err and len(json.loads(out)["rows"]) == 3
 
 
-# ---- a training set of one's own
+@pytest.mark.parametrize("text", ["a\u20ac b", "\U0001f600!", "x\ufffdy"])
+def test_a_character_of_several_tokens_is_printed_whole(text):
+    """Bytes come one by one; what is not yet a character waits, and the end is printed as it is."""
+    class Bytes:
+        stop_ids = ()
 
-@pytest.fixture
-def questions(tmp_path):
-    """Six questions of the bundled model's kind, and the first again with a wrong answer."""
-    file = tmp_path / "questions.jsonl"
-    problems = data.problems("maths", 6, 3)
-    rows = [{"question": p.question, "answer": p.answer} for p in problems]
-    rows.append({"question": rows[0]["question"], "answer": "123456"})
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
+        def decode(self, ids):
+            return bytes(ids).decode(errors="replace")
 
-
-def test_a_training_set_holds_right_answers_and_resumes_to_the_same_bytes(questions, run, tmp_path):
-    whole, other = tmp_path / "whole.jsonl", tmp_path / "other.jsonl"
-    settings = ["--questions", questions, "-n", 4, "--batch-size", 8, "--only-right"]
-    code, _, err = run(*settings, "--out", whole)
-    assert code == 0, err
-    rows = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert 0 < len(rows) <= 24 and all(row["right"] for row in rows)
-    assert all(data.correct(row["response"], row["answer"]) for row in rows)
-    assert len(data.read_problems(whole)) == len(rows)
-    before = whole.read_bytes()
-    for length in (0, len(before) // 3, len(before) - 150, len(before)):  # as a kill leaves it
-        whole.write_bytes(before[:length])
-        assert run(*settings, "--out", whole)[0] == 0
-        assert whole.read_bytes() == before
-    for foreign in ('{"question": "mine", "answer": "keep"}\n', "keep", "\n"):
-        other.write_text(foreign)
-        assert run(*settings, "--out", other)[0] == 2 and other.read_text() == foreign
+    for ids in (list(text.encode()), list(text.encode())[:-1]):
+        out = io.StringIO()
+        steps = (torch.tensor([token]) for token in ids)
+        assert len(list(sample.print_steps(steps, Bytes(), out, ()))) == len(ids)
+        assert out.getvalue() == bytes(ids).decode(errors="replace") + "\n"
 
 
-def test_cut_answers_are_left_out(questions, run, tmp_path):
-    file = tmp_path / "cut.jsonl"
-    code, _, err = run("--questions", questions, "--out", file, "--max-new-tokens", 2)
-    assert code == 0, err
-    assert file.read_text() == ""
+def test_an_output_that_cannot_show_a_character_goes_on():
+    code = "import sample; sample.run_command(lambda: print('\u20ac 5'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stdout == b"? 5" + os.linesep.encode()
+
+
+def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+    clock = iter(range(0, 100000, 3))  # seconds between two looks at the clock
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
+    for _ in sample.progress(range(100), "steps", 100):
+        pass
+    lines = capsys.readouterr().err.splitlines()
+    assert 5 <= len(lines) <= 22 and all(line.startswith("steps:") for line in lines)
+    assert "\r" not in "".join(lines)
 
 
 def test_a_gpu_that_this_torch_cannot_use_is_named(monkeypatch, capsys):
