@@ -10,16 +10,19 @@ with --full of Llama 3.2 1B, and on a GPU with --full of the paper's Qwen 2.5 14
 other shapes, lengths and rows.
 """
 
-from paper import common  # first: it says how to run this file if it is run from elsewhere
-from paper.lora import LoRAFF
+import statistics
+import sys
+from functools import partial
 
 import bench
+import sample
+from paper import common
+from paper.lora import LoRAFF
 
-NEEDS = ()
-QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": [32], "repeats": 3}
-FULL = {"shape": "llama-3.2-1b", "prompt": 128, "generate": [32, 256], "repeats": 5}
-FULL_GPU = {"shape": "qwen2.5-14b", "prompt": 2048, "generate": [256, 2048], "repeats": 3}
-COLUMNS = ("generated", "ms per token", "bound ms", "total s", "ratio to full",
+QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": (32,), "repeats": 3}
+FULL = {"shape": "llama-3.2-1b", "prompt": 128, "generate": (32, 256), "repeats": 5}
+FULL_GPU = {"shape": "qwen2.5-14b", "prompt": 2048, "generate": (256, 2048), "repeats": 3}
+COLUMNS = ("ms per token", "ms per token ±", "bound ms", "total s", "ratio to full",
            "ratio bytes allow", "ratio to uncorrected")
 
 PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
@@ -34,44 +37,9 @@ PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
 ]}
 
 
-def bench_arguments(args):
-    """bench.py's arguments for the settings of this script."""
-    chosen = {key: getattr(args, key) for key in QUICK}
-    if args.full and args.device.startswith("cuda"):
-        chosen = FULL_GPU
-    flags = ["--prompt", chosen["prompt"], "--generate", *chosen["generate"],
-             "--repeats", chosen["repeats"], "--device", args.device, "--seed", args.seed,
-             "--only", "full", "GRIFFIN", "GRIFFIN + Caprese"]
-    flags += ["--model", args.model] if args.model else ["--shape", chosen["shape"]]
-    for key in ("dtype", "density", "rank"):
-        if getattr(args, key):
-            flags += [f"--{key}", getattr(args, key)]
-    return bench.arguments([str(flag) for flag in flags])
 
-
-def measure(experiment):
+def main(argv=None):
     """The rows of bench.py that the paper has, and LoRA's."""
-    args = bench_arguments(experiment.args)
-    rows = bench.variants(args)
-    rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"block": LoRAFF}
-    results = bench.measure(bench.make_model(args), rows, args)
-    table = []
-    for result in results:
-        row = {"method": result["row"], "model": args.model}
-        table.append(row | {column: result[column] for column in COLUMNS})
-    return table
-
-
-def draw(figure, rows):
-    """The time to the next token, and within each bar the time that its bytes take."""
-    axes = figure.subplots()
-    names = [f"{row['method']}, {row['generated']} generated" for row in rows]
-    axes.barh(names, [row["ms per token"] for row in rows], label="measured")
-    axes.barh(names, [row["bound ms"] for row in rows], height=0.3, color="black",
-              label="its bytes at the memory's speed")
-    axes.invert_yaxis()
-    axes.set_xlabel("ms to the next token")
-
-
-if __name__ == "__main__":
-    common.main("table5_latency")
+    args = common.arguments("paper.table5_latency", __doc__, argv)
+    common.announce(args)
+    chosen = QUICK if not args.full else FULL_GPU if args.device.startswith("cuda") else FULL
