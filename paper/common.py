@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import platform
 import re
@@ -49,8 +48,7 @@ DEFAULTS = {  # without and with --full; samples None: as many as distill.py tak
     "limit": (100, 500), "runs": (1, 1), "batch_size": (128, 128), "temperature": (0.0, 0.0),
     "samples": (1000, None),
 }
-RECIPE = ("samples", "max_tokens", "layerwise", "loss", "e2e_lr", "e2e_epochs", "e2e_batch_size",
-          "micro_batch")
+RECIPE = ("samples", "layerwise", "loss", "e2e_lr", "e2e_epochs", "e2e_batch_size")
 LABELS = ("method", "model", "set", "layer", "density", "rank", "rho", "n", "K", "generated")
 RESULTS = Path(__file__).resolve().parent / "results.tsv"
 
@@ -62,9 +60,10 @@ class CannotRun(ValueError):
 # ---- flags
 
 def arguments(script, description, argv=None, **defaults):
-    """The command line of a script, defaults filled in; ValueError for bad flags.
+    """The command line of a script, defaults filled in; says in two lines what is about to be done.
 
-    script is how python -m calls it. defaults are the script's own, as in DEFAULTS.
+    script is how python -m calls it. defaults are the script's own, as in DEFAULTS. Raises
+    ValueError, in one line, for bad flags.
     """
     parser = sample.common_arguments(sample.ArgumentParser(
         prog=f"python -m {script}", description=" ".join(description.split("\n\n")[0].split())))
@@ -88,21 +87,22 @@ def arguments(script, description, argv=None, **defaults):
     add("--loss", choices=("mse", "kl"), default="mse")
     add("--rank", type=sample.positive, help="r")
     add("--samples", type=sample.positive, help="training samples of each file, at most")
-    add("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
     add("--e2e-lr", type=float)
     add("--e2e-epochs", type=int, help="0: no end-to-end stage")
     add("--e2e-batch-size", type=sample.positive)
-    add("--micro-batch", type=sample.positive, default=16)
     add("--full", action="store_true", help="more problems, samples and runs; this takes hours")
     add("--out", default="runs", metavar="FOLDER", help="keeps answers and adapters, which the "
         "next run uses again (default: %(default)s)")
     add("--plot", metavar="FOLDER", help="draw FOLDER/NAME.png (needs matplotlib)")
     add("--log", action="store_true", help="append each figure to paper/results.tsv")
+    parser.set_defaults(script=script, title=parser.description,
+                        max_tokens=2048, micro_batch=16, save_every=20)
     args = parser.parse_args(argv)
-    args.script, args.title = script, parser.description
     args.command = shlex.join(["python", "-m", script, *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args, DEFAULTS | defaults)
     check(args)
+    print(f"\n{args.title}\n{args.command}  # on {args.device}, {torch.get_num_threads()} threads\n",
+          file=sys.stderr if args.json else sys.stdout, flush=True)
     return args
 
 
@@ -118,13 +118,11 @@ def fill_defaults(args, defaults):
     for name, value in values.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.save_every = 20
 
 
 def check(args):
     """ValueError, in one line, for what cannot be served."""
-    if not 0 <= args.temperature < math.inf:
-        raise ValueError(f"--temperature is {args.temperature}, but must be at least 0")
+    sample.check_decoding(args.max_new_tokens, args.temperature, TOP_P)
     if args.runs > 1 and args.temperature == 0:
         raise ValueError("--runs of the same greedy answer tell nothing; "
                          "give a --temperature above 0")
@@ -138,13 +136,6 @@ def check(args):
         if len({Path(file).stem for file in files}) < len(files):
             raise ValueError(f"two files have one name, {' '.join(files)}, but the table tells "
                              "them apart by name; rename one")
-
-
-def announce(args):
-    """Say what is about to be done."""
-    out = sys.stderr if args.json else sys.stdout
-    print(f"\n{args.title}\n{args.command}  # on {args.device}, {torch.get_num_threads()} CPU "
-          "threads\n", file=out, flush=True)
 
 
 def digest(content):
@@ -230,6 +221,12 @@ def variants(args, methods, last=("layer-wise", "E2E")):
     return found + [Variant(Path(file).stem, adapter=file) for file in args.adapter]
 
 
+def three_ranks(args, model):
+    """r/2, r and 2r, as the paper has 128, 256 and 512; at most the hidden size."""
+    return sorted({max(1, args.rank // 2), args.rank,
+                   min(2 * args.rank, model.config.hidden_size)})
+
+
 def trainable(args):
     """Are there samples to learn L and R from? The bundled model has its own."""
     return bool(args.train) or not args.model
@@ -252,41 +249,30 @@ class Experiment:
             raise CannotRun("this needs samples to learn from: give --train FILE, or no --model")
         self.args, self.folder = args, Path(args.out)
         self.count = self.reused = 0
-        contents = {}  # {name of an input: hash of its content}
-        for file in args.adapter:
-            caprese.read_adapter(file)
-            contents[f"adapter {Path(file).stem}"] = digest(Path(file).read_bytes())
-        for file in args.data + args.train:
-            contents[f"content of {file}"] = digest(repr(list(data.read_rows(file))).encode())
+        contents = input_digests(args)  # all files are read before the model is loaded
         self.sets = problem_sets(args)
-        recipe = argparse.Namespace(**vars(args) | {"data": args.train})
-        if args.train:
-            for file in args.train:
-                data.read_problems(file, 1)
         self.model, self.tokenizer = sample.load(args)
         for file in args.adapter:
-            self.load_adapter(file)
+            self.load_adapter(file)  # does it fit?
         if trainable(args):
             caprese.attach(self.model, rank=args.rank)  # is the rank in range?
+            recipe = argparse.Namespace(**vars(args) | {"data": args.train})
             self.samples = distill.training_samples(recipe, self.tokenizer)
         caprese.detach(self.model)
-        config = self.model.config
-        self.title = f"{args.model or 'bundled model'}: D = {config.hidden_size}, r = {args.rank}"
+        self.title = (f"{args.model or 'bundled model'}: D = {self.model.config.hidden_size}, "
+                      f"r = {args.rank}")
         self.open_folder(contents)
 
     def open_folder(self, contents):
         """Create the folder of kept work; if it is there, the same settings must have made it."""
         args, file = self.args, self.folder / "settings.json"
-        settings = {"model": caprese.fingerprint(self.model), "dtype": str(self.model.dtype),
-                    "device": args.device, "seed": args.seed, "template": self.tokenizer.template,
-                    "max_new_tokens": args.max_new_tokens}
+        settings = contents | {
+            "model": caprese.fingerprint(self.model), "dtype": str(self.model.dtype),
+            "device": args.device, "seed": args.seed, "max_new_tokens": args.max_new_tokens,
+            "chat template": digest(repr(self.tokenizer.template).encode())}
         if trainable(args):
-            settings |= {name: getattr(args, name) for name in RECIPE} | {"train": args.train}
-        settings |= contents
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{args.out} cannot be made a folder ({error.strerror})") from None
+            settings |= {name: getattr(args, name) for name in RECIPE}
+        self.folder.mkdir(parents=True, exist_ok=True)
         if not file.exists() and any(self.folder.glob("*.jsonl")):
             raise ValueError(f"{args.out} holds answers without a settings.json that says what "
                              "made them; give another --out")
@@ -387,7 +373,7 @@ class Experiment:
         for index, response, tokens in responses:
             i, run = batch[index]
             found[index] = {
-                "variant": variant.name, "problem": i, "run": run,
+                "variant": variant.name, "problem": i, "run": run, "kind": problems[i].kind,
                 "question": problems[i].question, "answer": problems[i].answer,
                 "response": response, **scores(problems[i], response), "tokens": tokens,
                 "ended": 0 < tokens < self.room(questions[index]), "seconds": seconds}
@@ -398,12 +384,42 @@ class Experiment:
         context = self.model.config.max_position_embeddings
         return min(self.args.max_new_tokens, context - len(self.tokenizer.prompt_ids(question)))
 
+    def answer_alone(self, problems, generate):
+        """Answer one problem after the other by generate(prompt [1, S]) -> new tokens [1, N].
+
+        Returns for each problem its token ids, its text, and its seconds. Nothing is kept.
+        """
+        prompts = [torch.tensor([self.tokenizer.prompt_ids(data.ask(problem))],
+                                device=self.model.device) for problem in problems]
+        generate(prompts[0])  # a warm-up, whose time does not count
+        answers, seconds = [], []
+        for prompt in sample.progress(prompts, "answers", len(prompts)):
+            start = time.perf_counter()
+            ids = generate(prompt)[0].tolist()
+            seconds.append(time.perf_counter() - start)
+            answers.append(sample.answer_ids(ids, self.tokenizer))
+        return answers, [self.tokenizer.decode(ids) for ids in answers], seconds
+
     def score_columns(self, variant):
         """The scores of a variant on every problem set, as columns of a table."""
         columns = {}
         for name, problems in self.sets.items():
             columns |= summary(self.answers(variant, name, problems), f"{name} ")
         return columns
+
+
+def input_digests(args):
+    """{name of an input: hash of its content}; OSError or ValueError if a file cannot be read."""
+    found = {}
+    for file in args.adapter:
+        caprese.read_adapter(file)
+        found[f"adapter {Path(file).stem}"] = digest(Path(file).read_bytes())
+    contents = {file: digest(repr(list(data.read_rows(file))).encode())
+                for file in args.data + args.train}
+    found |= {f"data {Path(file).stem}": contents[file] for file in args.data}
+    if trainable(args):
+        found["training data"] = [contents[file] for file in args.train]
+    return found
 
 
 def problem_sets(args):
@@ -489,9 +505,7 @@ def machine(device):
     """The processor, or the GPU, that numbers were measured on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def save_picture(file, draw, rows, title):
@@ -510,21 +524,10 @@ def save_picture(file, draw, rows, title):
     os.replace(f"{file}.tmp", file)
 
 
-HUES = [  # light, middle and dark, for a method alone and with each stage of distillation
-    ("#9ecae1", "#4292c6", "#08519c"), ("#fdae6b", "#f16913", "#a63603"),
-    ("#a1d99b", "#41ab5d", "#006d2c"), ("#bcbddc", "#807dba", "#54278f"),
-    ("#fbb4b9", "#f768a1", "#ae017e"), ("#d9b382", "#a6761d", "#664a12"),
-    ("#80cdc1", "#35978f", "#01665e"), ("#e7d84b", "#c5b300", "#857a00")]
-
-
 def colors(rows):
-    """{method: colour} of a table: a hue for each method and adapter, darker with each stage."""
-    found, hues = {"full": "black"}, {}
-    for name in [row["method"] for row in rows if row["method"] != "full"]:
-        family, _, stage = name.partition(" + ")
-        hue = hues.setdefault(family, HUES[len(hues) % len(HUES)])
-        found[name] = hue[{"": 0, "layer-wise": 1}.get(stage, 2)]
-    return found
+    """{method: colour} of a table; the full model is black."""
+    methods = dict.fromkeys(row["method"] for row in rows if row["method"] != "full")
+    return {"full": "black"} | {method: f"C{i}" for i, method in enumerate(methods)}
 
 
 def error_name(column):

@@ -48,6 +48,9 @@ class Int4FF(caprese.SparseFF):
     def decode(self, x):
         return self.sparse(x)
 
+    def reset(self):
+        pass
+
     def count(self, x, gate, z, counted):
         pass
 

@@ -24,6 +24,9 @@ class OracleFF(caprese.SparseFF):
     def selection(self, x, gate, z, counted):
         return None
 
+    def reset(self):
+        pass
+
     def count(self, x, gate, z, counted):
         pass
 

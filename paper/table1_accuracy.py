@@ -57,7 +57,6 @@ PAPER = {
 def main(argv=None):
     """A row for each variant: the parameters that a token uses, and its scores on every set."""
     args = common.arguments("paper.table1_accuracy", __doc__, argv)
-    common.announce(args)
     experiment = common.Experiment(args)
     rows = []
     for variant in common.variants(args, ("griffin", "cats")):

@@ -34,7 +34,6 @@ def main(argv=None):
     """A row for each variant and each rho; of the methods that do not reselect, one row."""
     args = common.arguments("paper.table3_reselection", __doc__, argv,
                             limit=(40, 200), batch_size=(1, 1))
-    common.announce(args)
     experiment = common.Experiment(args)
     name, problems = experiment.graded()
     rhos = BUNDLED_RHO
