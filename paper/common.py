@@ -101,7 +101,10 @@ def arguments(script, description, argv=None, **defaults):
     args.command = shlex.join(["python", "-m", script, *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args, DEFAULTS | defaults)
     check(args)
-    print(f"\n{args.title}\n{args.command}  # on {args.device}, {torch.get_num_threads()} threads\n",
+    if args.plot:
+        Path(args.plot).mkdir(parents=True, exist_ok=True)
+    where = f"on {args.device}, {torch.get_num_threads()} CPU threads"
+    print(f"\n{args.title}\n{args.command}  # {where}\n",
           file=sys.stderr if args.json else sys.stdout, flush=True)
     return args
 
@@ -325,7 +328,8 @@ class Experiment:
         else:
             distill.train_end_to_end(
                 model, self.samples, args.e2e_lr, args.e2e_epochs, args.e2e_batch_size, args.loss,
-                micro_batch=args.micro_batch, seed=args.seed, checkpoint=checkpoint)
+                micro_batch=args.micro_batch, seed=args.seed, checkpoint=checkpoint,
+                save_every=args.save_every)
         caprese.save_adapter(model, file)
         checkpoint.file.unlink(missing_ok=True)
         return model
@@ -470,7 +474,6 @@ def show(args, rows, draw, paper=(), experiment=None, title=""):
     for name, numbers in result["paper"].items():
         print(f"\nThe paper, {name}:\n{sample.format_table(numbers)}", file=out)
     if args.plot:
-        Path(args.plot).mkdir(parents=True, exist_ok=True)
         save_picture(Path(args.plot) / f"{args.script.rpartition('.')[2]}.png", draw, rows, title)
     if args.log:
         log(args, rows, experiment.sets if experiment else ())
@@ -538,7 +541,7 @@ def error_name(column):
 def errors(rows, column):
     """The standard errors of a column; None if it has none."""
     name = error_name(column)
-    return [row[name] or 0 for row in rows] if name in rows[0] else None
+    return [row[name] or 0 for row in rows] if rows and name in rows[0] else None
 
 
 def draw_line(axes, rows, x, y, label, color, **style):

@@ -5,21 +5,17 @@ import re
 import statistics
 from collections import Counter
 
-import data
+import sample
+
+try:
+    from paper.grading import correct, final_answer  # they know LaTeX, units, letters, prose
+except ImportError:
+    from data import correct, final_answer
 
 SCORES = ("accuracy", "f1", "rouge1", "rouge2", "rougeL")
 
 
 # ---- one answer
-
-def correct(response, answer):
-    """Does a response state this answer? By paper/grading.py, which knows LaTeX, units, letters."""
-    try:
-        from paper import grading
-    except ImportError:
-        return data.correct(response, answer)
-    return grading.correct(response, answer)
-
 
 def right_or_wrong(problem):
     """Is an answer to this problem right or wrong? Otherwise it has an F1 or a ROUGE."""
@@ -31,7 +27,7 @@ def scores(problem, response):
     if problem.kind == "summary":
         return rouge(response.split("###")[0], problem.answer)  # a base model writes the next one
     if problem.kind == "passage":
-        return {"f1": f1(data.final_answer(response) or response, problem.answer)}
+        return {"f1": f1(final_answer(response) or response, problem.answer)}
     return {"accuracy": float(correct(response, problem.answer))}
 
 
@@ -71,12 +67,13 @@ def rouge(text, reference):
 # ---- many answers
 
 def standard_error(values):
-    """The standard error of the mean of values in [0, 1], one for each problem; it is never 0.
+    """The standard error of the mean of values in [0, 1], one for each problem.
 
-    Of zeros and ones it is sample.standard_error, Wilson's. Other values have their own variance.
+    Of zeros and ones it is sample.standard_error, Wilson's, which is never 0.
     """
-    n = len(values)
-    return math.sqrt(statistics.pvariance(values) / n + 1 / (4 * n ** 2)) / (1 + 1 / n)
+    if set(values) <= {0, 1}:
+        return sample.standard_error(statistics.fmean(values), len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
 
 
 def mean_and_error(answers, score):

@@ -104,9 +104,9 @@ def test_the_standard_error_is_wilsons_and_never_zero():
         values = [1.0] * right + [0.0] * (n - right)
         assert scores.standard_error(values) == pytest.approx(sample.standard_error(right / n, n))
         assert scores.standard_error(values) > 0
-    # of values that are no zeros and ones it is that of their own variance, for many of them
-    values = [0.2, 0.3] * 5000
+    values = [0.2, 0.3] * 5000  # of other values it is that of their own spread
     assert scores.standard_error(values) == pytest.approx(0.05 / 100, rel=0.01)
+    assert scores.standard_error([0.7]) == 0.5  # one value says nothing
 
 
 def test_several_runs_of_one_problem_are_one_value():
@@ -119,9 +119,9 @@ def test_several_runs_of_one_problem_are_one_value():
     same = [answer(i, run, float(i < 3)) for i in range(4) for run in range(3)]
     three = scores.summary(same, "x ")  # the same verdict three times makes nothing surer
     assert three == pytest.approx({"x accuracy %": 75, "x accuracy ±": error, "x tokens": 11})
-    mixed = scores.summary([answer(i, run, float(run)) for i in range(4) for run in range(2)])
-    assert mixed["accuracy %"] == 50
-    assert mixed["accuracy ±"] == pytest.approx(100 * scores.standard_error([0.5] * 4))
+    mixed = scores.summary([answer(i, run, float(i < run)) for i in range(3) for run in range(3)])
+    assert mixed["accuracy %"] == pytest.approx(100 / 3)  # of 2/3, 1/3 and 0
+    assert mixed["accuracy ±"] == pytest.approx(100 / 3 / 3 ** 0.5)
 
 
 def test_times_are_ratios_of_sums_with_the_spread_of_the_answers():
@@ -288,8 +288,9 @@ def test_answers_know_whether_they_ended(tmp_path):
 def test_the_names_of_kept_files_tell_variants_apart(tmp_path, monkeypatch):
     learned = replace(GRIFFIN, rank=4, stages=("layer-wise",))
     names = [variant.file_name() for variant in (
-        Variant("full"), GRIFFIN, CATS, replace(GRIFFIN, density=0.6), replace(GRIFFIN, layers="all"),
-        replace(GRIFFIN, reselect=8), learned, replace(learned, rank=5),
+        Variant("full"), GRIFFIN, CATS, replace(GRIFFIN, density=0.6),
+        replace(GRIFFIN, layers="all"), replace(GRIFFIN, reselect=8), learned,
+        replace(learned, rank=5),
         replace(learned, stages=("E2E",)), replace(learned, stages=("layer-wise", "E2E")),
         replace(learned, method=LoRAFF), Variant("x", adapter="x.safetensors"),
         Variant("y", adapter="y.safetensors"))]
@@ -560,7 +561,7 @@ def test_the_answers_of_this_repository_are_read():
     rows = recount.count(ROOT / "paper" / "answers" / "svamp.jsonl.gz")
     assert len(rows) == 12 and all(row["answers"] == 300 for row in rows)
     score = {row["variant"]: row["score %"] for row in rows}
-    assert score["griffin"] < 20 < score["griffin + E2E"] < score["full"] + 5
+    assert score["griffin"] < 4 and score["full"] == pytest.approx(9.3, abs=1)  # RESULTS: 9%
     rows = recount.count(ROOT / "paper" / "answers" / "xsum.jsonl.gz")
     assert len(rows) == 13 and all(5 < row["score %"] < 30 for row in rows)  # ROUGE-1
 
