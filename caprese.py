@@ -506,6 +506,8 @@ def added_parameters(model):
     return added / (sum(p.numel() for p in model.parameters()) - added)
 
 
+# ======== The paper ends here. Below: files, and checks of forks ========
+
 # ---- adapters on disk
 
 def method_name(block):

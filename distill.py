@@ -39,32 +39,7 @@ UNEXPLAINED_SAMPLES = 256  # training samples that the table's column is measure
 LOGIT_CHUNK = 1024         # tokens whose logits are in memory at once
 
 
-# ---- the model's parts, ours or transformers'
-
-def embeddings(model, tokens):
-    """The final embeddings, after the last norm: tokens [B, T] int64 -> [B, T, D]."""
-    if hasattr(model, "generate"):
-        from beyond import in_transformers
-        return in_transformers.embeddings(model, tokens)
-    return model.model(tokens)
-
-
-def logits(model, hidden_states):
-    """The language-model head on final embeddings: [N, D] -> [N, V]."""
-    if hasattr(model, "generate"):
-        from beyond import in_transformers
-        return in_transformers.logits(model, hidden_states)
-    return model.logits(hidden_states)
-
-
-def recompute_activations(model, wanted):
-    """Gradient checkpointing: compute activations again in the backward pass, or keep them."""
-    if hasattr(model, "generate"):
-        from beyond import in_transformers
-        in_transformers.recompute_activations(model, wanted)
-    else:
-        model.model.gradient_checkpointing = wanted
-
+# ---- layer-wise, equation (7), in closed form
 
 @torch.no_grad()
 def visit_residuals(model, batch, visit):
@@ -86,8 +61,6 @@ def visit_residuals(model, batch, visit):
         for registered in hooks:
             registered.remove()
 
-
-# ---- layer-wise, equation (7), in closed form
 
 def fit_closed_form(model, batches):
     """Give L and R of every sparse layer the exact minimiser of (7) over these data.Batches.
@@ -314,8 +287,37 @@ def overflow(dtype):
     """The error for numbers that are infinite or no numbers."""
     if dtype == torch.float16:
         return ValueError("overflow: a number is not finite in torch.float16; try --dtype bfloat16")
-    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the learning "
-                      "rate is too high")
+    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the "
+                      "learning rate is too high")
+
+
+# ======== The paper ends here. Below: models of others, processes, files, flags ========
+
+# ---- the model's parts, ours or transformers'
+
+def embeddings(model, tokens):
+    """The final embeddings, after the last norm: tokens [B, T] int64 -> [B, T, D]."""
+    if hasattr(model, "generate"):
+        from beyond import in_transformers
+        return in_transformers.embeddings(model, tokens)
+    return model.model(tokens)
+
+
+def logits(model, hidden_states):
+    """The language-model head on final embeddings: [N, D] -> [N, V]."""
+    if hasattr(model, "generate"):
+        from beyond import in_transformers
+        return in_transformers.logits(model, hidden_states)
+    return model.logits(hidden_states)
+
+
+def recompute_activations(model, wanted):
+    """Gradient checkpointing: compute activations again in the backward pass, or keep them."""
+    if hasattr(model, "generate"):
+        from beyond import in_transformers
+        in_transformers.recompute_activations(model, wanted)
+    else:
+        model.model.gradient_checkpointing = wanted
 
 
 # ---- several processes: beyond/several_devices.py starts them; here there is one

@@ -251,6 +251,8 @@ def standard_error(fraction, count):
     return math.sqrt(fraction * (1 - fraction) / count + 1 / (4 * count ** 2)) / (1 + 1 / count)
 
 
+# ======== The paper ends here. Below: flags, tables and messages ========
+
 # ---- what the scripts share
 
 class ArgumentParser(argparse.ArgumentParser):
