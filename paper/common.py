@@ -514,7 +514,9 @@ def machine(device):
     """The processor, or the GPU, that numbers were measured on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
+    return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
 def save_picture(file, draw, rows, title):
