@@ -32,6 +32,7 @@ import caprese
 import data
 import distill
 import sample
+from model import read_json
 from paper.int4 import Int4FF
 from paper.lora import LoRAFF
 from paper.scores import right_or_wrong, scores, summary
@@ -70,7 +71,7 @@ def arguments(script, description, argv=None, **defaults):
     add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
     add("--data", help="problems to answer (default: the bundled model's)", **files)
     add("--train", help="with --model: samples to learn L and R from", **files)
-    add("--adapter", help="one more row, of this adapter", **files)
+    add("--adapter", help="one more row, of this adapter as it was learned", **files)
     add("--method", action="append", choices=METHODS, help="default: those of the paper's table")
     add("--block", action="append", default=[], type=sample.import_block, metavar="MODULE:CLASS",
         help="one more method, a subclass of caprese.SparseFF")
@@ -135,10 +136,12 @@ def check(args):
         raise ValueError("--train is for a --model; the bundled one has its own samples")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    for files in (args.data, args.adapter):
-        if len({Path(file).stem for file in files}) < len(files):
-            raise ValueError(f"two files have one name, {' '.join(files)}, but the table tells "
-                             "them apart by name; rename one")
+    blocks = [block.__name__ for block in args.block]
+    for names in ([Path(file).stem for file in args.data],
+                  [Path(file).stem for file in args.adapter], blocks):
+        if len(set(names)) < len(names):
+            raise ValueError(f"two of {', '.join(names)} have one name, by which the table tells "
+                             "them apart; rename one")
 
 
 def digest(content):
@@ -148,9 +151,11 @@ def digest(content):
 
 def commit():
     """The commit of this folder, "-dirty" if files differ from it, or "unknown"."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
-    return git.stdout.strip() or "unknown"
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # there is no git
+        return "unknown"
 
 
 # ---- variants of a model
@@ -209,18 +214,19 @@ def stages(args):
     return tuple(stage for stage in asked if asked[stage])
 
 
-def variants(args, methods, last=("layer-wise", "E2E")):
-    """The full model; each method alone, and learned up to each of these last stages; --adapter.
+def variants(args, methods, each_stage=True):
+    """The full model; each method alone, and learned; --adapter.
 
     methods are names in METHODS, for which --method stands in; those of --block come after them.
+    each_stage: a row after each stage of distillation, not only after the last one.
     """
     found = [Variant("full")]
+    learning = [stages(args)[:i + 1] for i in range(len(stages(args)))] if trainable(args) else []
     for method in (args.method or list(methods)) + args.block:
         alone = sparse(args, method)
         found.append(alone)
-        for i, stage in enumerate(stages(args) if trainable(args) else (), 1):
-            if stage in last:
-                found.append(learned(args, alone, stages(args)[:i]))
+        for some in learning if each_stage else learning[-1:]:
+            found.append(learned(args, alone, some))
     return found + [Variant(Path(file).stem, adapter=file) for file in args.adapter]
 
 
@@ -262,8 +268,8 @@ class Experiment:
             recipe = argparse.Namespace(**vars(args) | {"data": args.train})
             self.samples = distill.training_samples(recipe, self.tokenizer)
         caprese.detach(self.model)
-        self.title = (f"{args.model or 'bundled model'}: D = {self.model.config.hidden_size}, "
-                      f"r = {args.rank}")
+        hidden_size = self.model.config.hidden_size
+        self.title = f"{args.model or 'bundled model'}: D = {hidden_size}, r = {args.rank}"
         self.open_folder(contents)
 
     def open_folder(self, contents):
@@ -279,13 +285,13 @@ class Experiment:
         if not file.exists() and any(self.folder.glob("*.jsonl")):
             raise ValueError(f"{args.out} holds answers without a settings.json that says what "
                              "made them; give another --out")
-        saved = json.loads(file.read_text()) if file.exists() else {"commit": commit()}
+        saved = read_json(file) if file.exists() else {"commit": commit()}
         differ = [name for name in settings if saved.get(name, settings[name]) != settings[name]]
         if differ:
             raise ValueError(f"{args.out} holds the work of a run with another "
                              f"{', '.join(differ)}; give another --out")
-        if saved["commit"] != commit():
-            print(f"note: {args.out} was begun at commit {saved['commit']}, and this is "
+        if saved.get("commit") != commit():
+            print(f"note: {args.out} was begun at commit {saved.get('commit')}, and this is "
                   f"{commit()}; if the method has changed, give another --out", file=sys.stderr)
         temporary = file.with_suffix(".tmp")
         temporary.write_text(json.dumps(saved | settings, indent=1) + "\n")
@@ -508,7 +514,9 @@ def machine(device):
     """The processor, or the GPU, that numbers were measured on."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()]
+    return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
 def save_picture(file, draw, rows, title):
@@ -520,9 +528,12 @@ def save_picture(file, draw, rows, title):
         figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
         figure.suptitle(title, fontsize=9)
         draw(figure, rows)
-        handles, labels = figure.axes[0].get_legend_handles_labels()
+        handles = {}  # of all panels, each label once
+        for axes in figure.axes:
+            lines, labels = axes.get_legend_handles_labels()
+            handles |= dict(zip(labels, lines))
         if handles:
-            figure.legend(handles, labels, loc="outside lower center", ncols=3)
+            figure.legend(handles.values(), handles, loc="outside lower center", ncols=3)
         figure.savefig(f"{file}.tmp", format="png")
     os.replace(f"{file}.tmp", file)
 

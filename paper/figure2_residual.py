@@ -99,8 +99,9 @@ def draw(figure, rows):
             for column, alpha in zip(columns, (0.4, 0.7, 1.0)[-len(columns):]):
                 common.draw_line(axes, chosen, "density", column, column, color, alpha=alpha,
                                  linestyle=linestyle)
-        axes.set(title=name, xlabel="density, kept / all", ylim=(0, None))
+        axes.set(title=name, xlabel="density, kept / all")
     panels[0].set_ylabel("relative error of the FF output")
+    panels[0].set_ylim(bottom=0)  # of all panels, now that all lines are there
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(argv=None):
     name, problems = experiment.graded()
     full = bench.active_parameters(experiment.prepare(common.Variant("full")))
     rows = []
-    for variant in common.variants(args, ("griffin", "cats"), last="E2E"):
+    for variant in common.variants(args, ("griffin", "cats"), each_stage=False):
         right = [0] * len(problems)
         for answer in experiment.answers(variant, name, problems):
             right[answer["problem"]] += int(answer["accuracy"])

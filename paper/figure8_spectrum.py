@@ -82,8 +82,10 @@ def draw(spectra, figure, rows):
                 axes.plot(range(1, len(values) + 1), values, label=f"layer {layer}",
                           color=colormaps["viridis"](layer / max(1, last)))
         axes.set(title=method, ylim=(0, 1))
-    figure.supxlabel("index of the singular value", fontsize=9)
-    figure.supylabel("singular value over the largest", fontsize=9)
+    for axes in panels[-1]:
+        axes.set_xlabel("index of the singular value")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("value over the largest")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,13 @@ class LoRAFF(caprese.GRIFFIN):
             setattr(self, name, nn.Parameter(factor.contiguous()))
 
     def correction(self, x):
-        """Zeros [B, T, D]: beside the FF nothing is added. The updates are within `sparse`."""
+        """Zeros [B, T, D]: beside the FF nothing is added. The updates are within `sparse`.
+
+        Raises ValueError where gradients are recorded: (7) has nothing to learn here.
+        """
+        if torch.is_grad_enabled():
+            raise ValueError("LoRA has no layer-wise stage, for its update stands within the FF; "
+                             "give --layerwise none")
         return torch.zeros_like(x)
 
     def sparse(self, x, gate, z, kept):

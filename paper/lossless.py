@@ -27,7 +27,7 @@ def main(argv=None):
     experiment = common.Experiment(args)
     name, problems = experiment.graded()
     rows, expected = [], None
-    for variant in common.variants(args, ("griffin", "griffin-all"), last="E2E"):
+    for variant in common.variants(args, ("griffin", "griffin-all"), each_stage=False):
         model = experiment.prepare(variant)
         full, active = bench.weights_read(model)
         for n in (None,) if variant.name == "full" else (None, *PASSES):

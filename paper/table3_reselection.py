@@ -40,7 +40,7 @@ def main(argv=None):
     if args.model:
         rhos = [rho for rho in RHO if rho < args.max_new_tokens]
     rows = []
-    for variant in common.variants(args, ("griffin",), last="E2E"):
+    for variant in common.variants(args, ("griffin",), each_stage=False):
         for rho in (None,) if variant.name == "full" else (None, *rhos):
             answers = experiment.answers(replace(variant, reselect=rho), name, problems)
             row = {"method": variant.name, "set": name, "rho": rho} | summary(answers)

@@ -135,9 +135,14 @@ def test_gradients_reach_the_factors_and_nothing_else(device):
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_the_closed_form_is_refused(device):
+def test_a_layer_wise_stage_is_refused(device):
+    model = attached(device)
+    samples = [(row[:4].tolist(), row[4:].tolist()) for row in tiny.tokens(4, 9)]
     with pytest.raises(ValueError, match="closed form"):
-        distill.fit_closed_form(attached(device), [])
+        distill.fit_closed_form(model, [])
+    with pytest.raises(ValueError, match="--layerwise none"):
+        distill.train_layerwise(model, samples, epochs=1)
+    assert distill.unexplained(model, samples) == 1  # but the table of distill.py is measured
 
 
 def test_active_parameters_are_those_of_the_gathered_buffers(device):

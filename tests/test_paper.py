@@ -451,12 +451,14 @@ def test_variants_are_the_rows_of_the_paper():
     assert variants[3].stages == ("layer-wise", "E2E")
     assert common.sparse(args, "griffin").density == 0.5
     assert common.sparse(args, "cats").density == BUNDLED_CATS_DENSITY
-    assert names(last="E2E") == ["full", "GRIFFIN", "GRIFFIN + E2E"]
+    assert names(each_stage=False) == ["full", "GRIFFIN", "GRIFFIN + E2E"]
 
 
 def test_the_stages_are_those_that_the_flags_ask_for():
     assert names("--layerwise", "none") == ["full", "GRIFFIN", "GRIFFIN + E2E"]
-    assert names("--e2e-epochs", "0") == ["full", "GRIFFIN", "GRIFFIN + layer-wise"]
+    for each_stage in (True, False):
+        assert names("--e2e-epochs", "0", each_stage=each_stage) == [
+            "full", "GRIFFIN", "GRIFFIN + layer-wise"]
     last = common.variants(settings("--layerwise", "none"), ("griffin",))[-1]
     assert last.stages == ("E2E",)
 
@@ -714,6 +716,8 @@ def test_lora_and_low_rank_have_equally_many_parameters(tmp_path):
     ("table1_accuracy", ["--density", "7"], "--density"),
     ("table1_accuracy", ["--density", "nan"], "--density"),
     ("table1_accuracy", ["--data", "a/x.jsonl", "--data", "b/x.jsonl"], "rename"),
+    ("table1_accuracy", ["--adapter", "a/x.st", "--adapter", "b/x.st"], "rename"),
+    ("table1_accuracy", 2 * ["--block", "paper.lora:LoRAFF"], "rename"),
 ])
 def test_bad_flags_are_refused_before_loading(monkeypatch, tmp_path, name, flags, words):
     def load(*args):
