@@ -591,19 +591,29 @@ def test_a_deep_copy_is_a_model_of_its_own(method):
 @pytest.mark.parametrize("method", [
     "griffin", pytest.param("cats", marks=pytest.mark.slow)])
 def test_a_compiled_decode_step(method):
-    """Equal tokens; and once compiled, nothing is compiled again, in no step."""
+    """Equal tokens, and what the first decode steps compile serves all others.
+
+    The hooks are left alone: nothing else than they breaks the graph.
+    """
     model = tiny.fill(caprese.attach(family("llama"), method, 0.4, "all", 4))
     tokens = torch.arange(3, 14)[None]
     expected = generate(model, tokens)
     compiled = transformers.CompileConfig(backend="eager")
     compiled._compile_all_devices = True
-    settings = {"cache_implementation": "static", "compile_config": compiled}
+    counters, frames = torch._dynamo.utils.counters, []
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(generate(model, tokens, **settings), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.equal(generate(model, tokens, **settings), expected)
+    counters.clear()
+
+    def count_frames(ids, scores, **settings):
+        """A criterion that never stops: it is called after each step."""
+        frames.append(counters["frames"]["total"])
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    found = generate(model, tokens, cache_implementation="static", compile_config=compiled,
+                     stopping_criteria=[count_frames])
+    assert torch.equal(found, expected)
+    assert len(frames) == NEW and frames[2] == frames[-1] > 0
+    assert all("torch.compiler.disable" in reason for reason in counters["graph_break"])
 
 
 @pytest.mark.slow
