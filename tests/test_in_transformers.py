@@ -528,7 +528,7 @@ def clipped(mlp, forward, x):
     (change_linear(Lora), "up_proj in layer 1 .*PEFT.*merge_and_unload"),
     (change_linear(lambda linear: Linear4bit(32, 80, bias=False)), "Linear4bit.*unquantised"),
     (change_linear(lambda linear: linear.to("meta")), "layer 1 .*meta device"),
-    (change_linear(to_int8), "int8"),
+    (change_linear(to_int8), "unquantised"), (change_linear(lambda linear: nn.ReLU()), "a ReLU"),
     (change_linear(hooked), "layer 1 .*hooks"),
     (hooked, "layer 1 .*hooks"),
     (patch_forward(lambda mlp, forward, x: forward(x) * 1.01), "MLP of layer 1 .*compute"),
