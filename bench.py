@@ -4,13 +4,14 @@ Each generated token reads every weight that it uses, once. So these bytes, divi
 speed, bound the time from below. The memory's speed is measured in the same run. The rows of the
 table take turns, and ratios are taken within a round, so that what else the machine does hits all
 rows alike. Without --model the weights are random: their values make no difference to the time.
+The prefill contains the selection, whose time also has a column of its own.
 
 CATS saves no time here. It selects neurons token by token, and plain PyTorch has no product that
 reads single rows of a matrix and is faster than the full one. So all neurons are computed, and the
 bytes in its row are those that the method itself needs.
 """
 
-import importlib.util
+import argparse
 import json
 import statistics
 import sys
@@ -18,17 +19,14 @@ import timeit
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 import caprese
 import sample
 from model import Config, Transformer, read_json, resolve
 
-PEER = "transformers"  # the rows of Hugging Face generate
-PASSES = (2, 4, 8, 16)         # tokens of a verifying pass
-ACCEPTANCES = (0.8, 0.9, 1.0)  # of a drafted token
 TABLES = {  # title: columns, beside the row's name and its number of generated tokens
-    "Time": ("prefill s", "total s", "ms per token", "bound ms", "bandwidth reached"),
+    "Time": ("prefill s", "selection s", "total s", "ms per token", "bound ms",
+             "bandwidth reached"),
     "Ratios": ("ratio to full", "ratio bytes allow", "saving reached", "ratio to uncorrected"),
     "Memory": ("MB per token", "memory GB/s", "weights MB", "copies MB", "cache MB"),
 }
@@ -51,19 +49,28 @@ SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
     ("gemma-2-9b", "gemma2", 256000, 8192, 3584, 14336, 42, 16, 8, True),
     ("smollm2-135m", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
 )}
-DEFAULT_SHAPE = "llama-3.2-1b"
 
 
 def make_model(args):
-    """The model of --model, or one with random weights for --shape."""
-    dtype = sample.choose_dtype(args)
-    if args.shape:
-        return random_model(args.config, args.device, dtype or torch.bfloat16)
-    return Transformer.from_pretrained(args.model, args.device, dtype)
+    """The model of --model, or one with random weights for --shape; with --graphs, its graphs."""
+    if args.model:
+        dtype = sample.choose_dtype(args)
+        model = Transformer.from_pretrained(args.model, args.device, dtype)
+    else:
+        like = argparse.Namespace(model=args.shape, device=args.device, dtype=args.dtype)
+        dtype = sample.choose_dtype(like) or torch.bfloat16  # what a checkpoint would have
+        model = random_model(args.config, args.device, dtype)
+    if args.graphs:
+        from beyond.cuda_graphs import Graphed
+        return Graphed(model)
+    return model
 
 
 def random_model(config, device, dtype):
-    """A Transformer with random weights, made in place on its device."""
+    """A Transformer with random weights, made in place on its device.
+
+    config is config.json's dictionary.
+    """
     with torch.device("meta"):
         model = Transformer(Config.from_dict(config))
     model = model.to(dtype).to_empty(device=device)
@@ -76,46 +83,52 @@ def random_model(config, device, dtype):
     return model.requires_grad_(False).eval()
 
 
-def make_peer(model, config):
-    """transformers' model of config.json's dictionary, on the very same weights in memory."""
-    import transformers
-    transformers.logging.set_verbosity_error()
-    config = transformers.AutoConfig.for_model(**config)
-    with torch.device("meta"):
-        peer = transformers.AutoModelForCausalLM.from_config(config, dtype=model.dtype).eval()
-    peer.load_state_dict(model.state_dict(), strict=False, assign=True)
-    peer.tie_weights()
-    # What follows from the config is in no checkpoint, so it is still on the meta device.
-    with torch.device(model.device):
-        peer.model.rotary_emb = type(peer.model.rotary_emb)(config)
-        if hasattr(peer.model.embed_tokens, "embed_scale"):  # Gemma
-            peer.model.embed_tokens.embed_scale = torch.tensor(config.hidden_size ** 0.5)
-    return peer
+# ---- what a decode step reads
+
+def active_parameters(model):
+    """Parameters that one generated token uses: without dropped neurons, with the correction."""
+    active = sum(p.numel() for p in model.parameters())
+    for ff in caprese.sparse_layers(model).values():
+        active += ff.active_parameters() - sum(p.numel() for p in ff.parameters())
+    return active
 
 
-# ---- what a step reads
+def weights_read(model):
+    """How many weights a decode step reads: (of the full model, of the sparse one).
+
+    Of an embedding table that is not the head as well, one row is read, which is not counted.
+    """
+    unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
+    full = sum(p.numel() for p in model.parameters())
+    full -= sum(p.numel() for p in caprese.adapter_parameters(model).values())
+    return full - unread, active_parameters(model) - unread
+
 
 def account(model, prompt_length, generated, reselect=None):
-    """What the variant that is attached reads for each token, as columns of the tables.
+    """What the method that is attached reads for each token, as columns of the tables.
 
     The count is of what the method needs, however it is run. A step reads the keys and values that
     it attends to: on average over the steps, the prompt's and half of the generated ones. Every
     reselect tokens, a pass that reads the full model takes the place of a step.
     """
     config, itemsize = model.config, model.dtype.itemsize
-    full, active = caprese.weights_read(model)
+    full, active = weights_read(model)
     position = 2 * config.num_key_value_heads * config.head_dim * itemsize  # bytes in one layer
     filled = prompt_length + generated / 2
     cache_read = sum(position * min(filled, window or filled) for window in config.windows)
     steps = generated - 1  # the first token comes from the prefill
     passes = steps // reselect if reselect else 0
-    weights_read = full * passes / steps + active * (1 - passes / steps)
-    read = weights_read * itemsize + cache_read
+    read = (full * passes + active * (steps - passes)) / steps * itemsize + cache_read
     weights = sum(p.nbytes for p in model.parameters())
-    copies = sum(b.nbytes for b in model.buffers())  # the gathered neurons
     cache = position * config.num_hidden_layers * (prompt_length + generated)
     return {"MB per token": read / 1e6, "ratio bytes allow": read / (full * itemsize + cache_read),
-            "weights MB": weights / 1e6, "copies MB": copies / 1e6, "cache MB": cache / 1e6}
+            "weights MB": weights / 1e6, "copies MB": copies(model) / 1e6, "cache MB": cache / 1e6}
+
+
+def copies(model):
+    """Bytes that the sparse layers hold beside weights: gathered neurons and their selection."""
+    layers = caprese.sparse_layers(model).values()
+    return sum(b.nbytes for ff in layers for b in ff.buffers(recurse=False))
 
 
 def memory_speed(device, size=1 << 29):
@@ -143,7 +156,7 @@ def seconds(device, operation, repeats):
     return timeit.repeat(operation, timer=partial(clock, device), repeat=repeats, number=1)
 
 
-def time_model(model, prompt, generated, reselect):
+def time_model(model, prompt, generated, reselect=None):
     """(seconds to the first token, seconds to the last) of sample.stream."""
     start = clock(model.device)
     steps = sample.stream(model, prompt, generated, reselect=reselect)
@@ -153,73 +166,61 @@ def time_model(model, prompt, generated, reselect):
     return first - start, clock(model.device) - start
 
 
-def time_peer(peer, prompt, generated):
-    """The same of transformers' generate, in two calls: for the first token, and for all."""
-    marks = [clock(prompt.device)]
-    for n in (1, generated):
-        peer.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n,
-                      min_new_tokens=n, do_sample=False, pad_token_id=0)
-        marks.append(clock(prompt.device))
-    return marks[1] - marks[0], marks[2] - marks[1]
+def set_method(model, settings):
+    """Attach by these arguments of caprese.attach, or nothing if they are None."""
+    caprese.detach(model)
+    if settings:
+        caprese.attach(model, **settings)
 
 
-def variants(args):
-    """{name of a row: the arguments of caprese.attach, or None for the full model}.
+def run_row(model, settings, prompt, generated, reselect):
+    """One row of one round: attach, warm up, measure."""
+    set_method(model, settings)
+    reselect = reselect if settings else None
+    # On a GPU the first run records the graphs, so it takes as many tokens.
+    time_model(model, prompt, generated if prompt.is_cuda else min(generated, 3), reselect)
+    prefill, total = time_model(model, prompt, generated, reselect)
+    read = account(model, prompt.shape[1], generated, reselect)
+    return read | times(model, prefill, total, generated)
 
-    Raises ValueError if the flags do not fit this model.
+
+def times(model, prefill, total, generated):
+    """The measured seconds as columns of the tables; the selection runs once more, alone."""
+    selection = seconds(model.device, partial(caprese.select, model), 1)[0]
+    return {"prefill s": prefill, "selection s": selection, "total s": total,
+            "ms per token": 1e3 * (total - prefill) / (generated - 1)}
+
+
+def take_turns(runs, repeats, device):
+    """Call each of runs, {(name, generated): function() -> columns}, once a round.
+
+    Returns {(name, generated): its columns in each round}.
     """
-    config = Config.from_dict(args.config)
-    total = args.prompt + max(*args.generate, *PASSES)
-    if total > config.max_position_embeddings:
-        raise ValueError(f"{total} tokens exceed the context of {config.max_position_embeddings}")
-    methods = {"GRIFFIN": ("griffin", None), "CATS": ("cats", None),
-               "GRIFFIN all layers": ("griffin", range(config.num_hidden_layers))}
-    rank = args.rank or min(256, config.hidden_size // 8)
-    rows = {"full": None}
-    for name, (method, layers) in methods.items():
-        rows[name] = {"method": method, "density": args.density, "layers": layers}
-        rows[f"{name} + Caprese"] = rows[name] | {"rank": rank}
-    with torch.device("meta"):  # without memory: bad numbers end here
-        caprese.attach(Transformer(config), **rows["CATS + Caprese"])
-    if not set(args.only or []) <= set(rows):
-        raise ValueError(f"--only must name rows of these: {', '.join(rows)}")
-    return {name: rows[name] for name in args.only or rows}
+    rounds = {key: [] for key in runs}
+    for _ in sample.progress(range(repeats), "rounds", repeats):
+        speed = memory_speed(device)
+        for key, run in runs.items():
+            rounds[key].append(run() | {"memory GB/s": speed / 1e9})
+    return rounds
 
 
-def measure(model, rows, args, peer=None):
+def make_prompt(model, args):
+    """A random prompt [1, --prompt] int64."""
+    torch.manual_seed(args.seed)
+    return torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
+
+
+def measure(model, rows, args):
     """A dictionary of results for each row and each of args.generate numbers of tokens.
 
-    rows is what variants() returns, possibly with more of the kind. peer adds rows of its own.
+    rows is what variants() returns, possibly with more of the kind.
     """
-    torch.manual_seed(args.seed)
-    prompt = torch.randint(model.config.vocab_size, (1, args.prompt), device=model.device)
-    models = [model, peer] if peer else [model]
-    if peer:
-        rows = rows | {PEER: None}
-        if "GRIFFIN + Caprese" in rows:
-            rows[f"{PEER}, GRIFFIN + Caprese"] = rows["GRIFFIN + Caprese"]
-    rounds = {(name, n): [] for n in args.generate for name in rows}
-    for _ in tqdm(range(args.repeats), desc="rounds", leave=False, disable=None):
-        speed = memory_speed(model.device)
-        for name, n in rounds:
-            for each in models:
-                caprese.detach(each)
-                if rows[name]:
-                    caprese.attach(each, **rows[name])
-            # transformers' own loop does not reselect.
-            reselect = args.reselect if rows[name] and not name.startswith(PEER) else None
-            # The first run warms up. On a GPU it records the graphs, so it takes as many tokens.
-            for tokens in (n if prompt.is_cuda else min(n, 3), n):
-                if name.startswith(PEER):
-                    prefill, total = time_peer(peer, prompt, tokens)
-                else:
-                    prefill, total = time_model(model, prompt, tokens, reselect)
-            rounds[name, n].append(account(model, args.prompt, n, reselect) | {
-                "prefill s": prefill, "total s": total, "memory GB/s": speed / 1e9,
-                "ms per token": 1e3 * (total - prefill) / (n - 1)})
-    for each in models:
-        caprese.detach(each)
-    return [result(name, n, rounds) for name, n in rounds]
+    prompt = make_prompt(model, args)
+    runs = {(name, generated): partial(run_row, model, settings, prompt, generated, args.reselect)
+            for generated in args.generate for name, settings in rows.items()}
+    rounds = take_turns(runs, args.repeats, model.device)
+    caprese.detach(model)
+    return [result(name, generated, rounds) for name, generated in runs]
 
 
 def median_ratio(rounds, others):
@@ -228,104 +229,107 @@ def median_ratio(rounds, others):
     return statistics.median(ratios) if ratios else None
 
 
-def result(name, n, rounds):
+def result(name, generated, rounds):
     """One row of the tables: medians of its rounds, and what follows from them."""
-    own = rounds[name, n]
+    own = rounds[name, generated]
     row = {column: statistics.median(one[column] for one in own) for column in own[0]}
-    row |= {"row": name, "generated": n, "saving reached": None}
+    row |= {"row": name, "generated": generated, "saving reached": None}
     row["bound ms"] = row["MB per token"] / row["memory GB/s"]  # 1e6 / 1e9 s
     row["bandwidth reached"] = row["bound ms"] / row["ms per token"]
-    row["ratio to full"] = median_ratio(own, rounds.get(("full", n), ()))
+    row["ratio to full"] = median_ratio(own, rounds.get(("full", generated), ()))
     if row["ratio to full"] and row["ratio bytes allow"] < 1:
         row["saving reached"] = (1 - row["ratio to full"]) / (1 - row["ratio bytes allow"])
-    uncorrected = name.rpartition(" + ")[0]  # empty if this is no corrected row
-    row["ratio to uncorrected"] = median_ratio(own, rounds.get((uncorrected, n), ()))
+    uncorrected = name.rpartition(" + ")[0]  # empty if the row has no correction
+    row["ratio to uncorrected"] = median_ratio(own, rounds.get((uncorrected, generated), ()))
     return row
-
-
-def verify(model, step, tokens):
-    """A pass of the full model over tokens [1, n]; the cache is then as before."""
-    model.logits(sample.count_and_select(model, step, tokens))
-    step.cache.advance(-tokens.shape[1])
-
-
-def time_passes(model, rows, results, args):
-    """Rows of a table on lossless decoding: the time per token for some numbers n and acceptances.
-
-    A pass of the full model over n tokens verifies n - 1 that were drafted, each by one step of
-    `results`. If each is accepted with probability a, the pass yields (1 - a^n) / (1 - a) tokens.
-    """
-    steps = {row["row"]: row["ms per token"] for row in results}
-    shape = (1, args.prompt + max(PASSES))
-    tokens = torch.randint(model.config.vocab_size, shape, device=model.device)
-    table = []
-    for name in [name for name in rows if name.startswith("GRIFFIN")]:
-        caprese.attach(model, **rows[name])
-        step, _ = sample.prefill(model, tokens[:, :args.prompt], max(PASSES))
-        for n in PASSES:
-            operation = partial(verify, model, step, tokens[:, args.prompt:args.prompt + n])
-            times = seconds(model.device, operation, args.repeats + 1)[1:]  # the first warms up
-            row = {"row": name, "n": n, "ms per draft step": steps[name],
-                   "ms per pass": 1e3 * statistics.median(times)}
-            total = row["ms per pass"] + (n - 1) * steps[name]
-            for acceptance in ACCEPTANCES:
-                yielded = sum(acceptance ** i for i in range(n))  # (1 - a^n) / (1 - a)
-                row[f"ms per token at {acceptance:.0%}"] = total / yielded
-            table.append(row | {"full ms per token": steps.get("full")})
-    caprese.detach(model)
-    return table
 
 
 # ---- python bench.py
 
-def arguments(argv=None):
+def variants(args):
+    """{name of a row: the arguments of caprese.attach, or None for the full model}.
+
+    Raises ValueError if the flags do not fit this model.
+    """
+    config = Config.from_dict(args.config)
+    total = args.prompt + max(args.generate)
+    if total > config.max_position_embeddings:
+        raise ValueError(f"{total} tokens exceed the context of {config.max_position_embeddings}")
+    methods = {block.__name__: (name, None) for name, block in caprese.METHODS.items()}
+    methods["GRIFFIN all layers"] = ("griffin", "all")
+    if isinstance(args.method, str):  # --method
+        methods = {row: method for row, method in methods.items() if method[0] == args.method}
+    elif args.method:  # --block
+        methods[caprese.method_name(args.method)] = (args.method, None)
+    rank = args.rank or min(256, config.hidden_size // 8)
+    rows = {"full": None}
+    for name, (method, layers) in methods.items():
+        rows[name] = {"method": method, "density": args.density, "layers": layers}
+        rows[f"{name} + Caprese"] = rows[name] | {"rank": rank}
+    unknown = [name for name in args.only or [] if name not in rows]
+    if unknown:
+        raise ValueError(f"--only {unknown[0]!r} is no row; the rows are: {', '.join(rows)}")
+    with torch.device("meta"):
+        without_memory = Transformer(config)
+    for settings in rows.values():  # numbers out of range, and blocks that do not work, end here
+        set_method(without_memory, settings)
+    return {name: rows[name] for name in args.only or rows}
+
+
+def arguments(argv=None, description=__doc__.splitlines()[0]):
     """The command line, its defaults filled in; ValueError for what cannot be measured."""
-    parser = sample.ArgumentParser(description=__doc__.splitlines()[0], conflict_handler="resolve")
+    parser = sample.ArgumentParser(description=description, conflict_handler="resolve")
     add = sample.common_arguments(parser).add_argument
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--model", help="folder in the official layout or hub repo id")
-    group.add_argument("--shape", choices=SHAPES, help=f"random weights (default: {DEFAULT_SHAPE})")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument("--model", help="folder in the official layout or hub repo id")
+    weights.add_argument("--shape", choices=SHAPES, default="llama-3.2-1b",
+                         help="without --model: random weights (default: %(default)s)")
+    sample.method_arguments(parser)
     add("--prompt", type=sample.positive, default=128, help="prompt tokens (default: %(default)s)")
     add("--generate", type=int, nargs="+", default=[32], help="generated tokens (default: 32)")
     add("--reselect", type=sample.positive, help="rho: reselect every so many tokens")
     add("--repeats", type=sample.positive, default=5, help="rounds (default: %(default)s)")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
-    add("--peer", choices=[PEER], help="rows of Hugging Face generate on the same weights")
-    add("--verify", action="store_true", help="a table on lossless decoding as well")
     add("--density", type=float, default=0.5, help="kept neurons in (0, 1] (default: %(default)s)")
     add("--rank", type=sample.positive, help="r (default: 256, or an eighth of the hidden size)")
+    add("--graphs", action="store_true", help="on a GPU: a decode step is one CUDA graph")
     args = parser.parse_args(argv)
     if min(args.generate) < 2:
         raise ValueError("--generate must be at least 2: the first token comes from the prefill")
-    if args.verify and args.reselect:
-        raise ValueError("--verify takes the time of a draft step, so give it without --reselect")
-    if args.peer and not importlib.util.find_spec("transformers"):
-        raise ValueError("--peer transformers needs it: pip install transformers")
     sample.check_device(args.device)
-    if not args.model:  # choose_dtype takes a run without --model for the bundled model
-        args.model = args.shape = args.shape or DEFAULT_SHAPE
-    args.config = SHAPES.get(args.shape) or read_json(resolve(args.model) / "config.json")
+    if args.graphs and torch.device(args.device).type != "cuda":
+        raise ValueError(f"--graphs needs a GPU, but --device is {args.device}")
+    folder = resolve(args.model) if args.model else None
+    args.config = read_json(folder / "config.json") if folder else SHAPES[args.shape]
     return args
+
+
+def announce(args, out):
+    """Say in two lines what is about to be measured."""
+    weights = args.model or f"{args.shape} with random weights"
+    print(f"Timing {weights} on {args.device} with {torch.get_num_threads()} CPU threads: "
+          f"a prompt of {args.prompt} tokens, medians of {args.repeats} rounds.", file=out)
+    step = "one CUDA graph" if args.graphs else "plain PyTorch"
+    print(f"A decode step is {step}; times of a token are those after the first.", file=out)
+
+
+def report(model, results, args, out):
+    """Print the tables, and with --json the object."""
+    for title, names in TABLES.items():
+        cells = [{name: row[name] for name in ("row", "generated", *names)} for row in results]
+        print(f"\n{title}\n{sample.format_table(cells)}", file=out)
+    if args.json:
+        dtype = str(model.dtype).removeprefix("torch.")
+        print(json.dumps({"dtype": dtype, "graphs": args.graphs, "rows": results}))
 
 
 def main():
     args = arguments()
     rows = variants(args)
     out = sys.stderr if args.json else sys.stdout
-    print(f"Timing {args.model} on {args.device} with {torch.get_num_threads()} CPU threads: "
-          f"a prompt of {args.prompt} tokens, medians of {args.repeats} rounds.", file=out)
+    announce(args, out)
     model = make_model(args)
-    peer = make_peer(model, args.config) if args.peer else None
-    results = measure(model, rows, args, peer)
-    for title, columns in TABLES.items():
-        cells = [{name: row[name] for name in ("row", "generated", *columns)} for row in results]
-        print(f"\n{title}\n{sample.format_table(cells)}", file=out)
-    passes = time_passes(model, rows, results, args) if args.verify else []
-    if passes:
-        print(f"\nLossless decoding\n{sample.format_table(passes)}", file=out)
-    if args.json:
-        print(json.dumps({"dtype": str(model.dtype).removeprefix("torch."), "rows": results,
-                          "passes": passes}))
+    report(model, measure(model, rows, args), args, out)
 
 
 if __name__ == "__main__":

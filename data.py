@@ -1,24 +1,27 @@
-"""Problems, data sets, prompts, tokenizer, grading: text in, token batches out.
+"""Problems, tokenizer, grading, samples, batches: text in, token batches out.
 
 A generated problem is held out if a hash of its question says so. Training and evaluation can
 therefore never share one, whatever their seeds are.
 """
 
 import json
+import math
 import random
 import re
 import sys
 import time
-import warnings
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import torch
 
 INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
+REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
@@ -147,8 +150,8 @@ def problems(kind, count, seed, evaluation=False, **kwargs):
 class Tokenizer:
     """tokenizer.json, the chat template and the stop ids of a model folder.
 
-    prompt_ids() is what a model expects to see of a user's question; encode() and decode() are for
-    plain text. Raises FileNotFoundError or ValueError in one line that names the file.
+    prompt_ids() is what a model expects to see of a user's question. encode() and decode() are for
+    plain text. Raises OSError or ValueError in one line that names the file.
     """
 
     def __init__(self, folder):
@@ -163,16 +166,12 @@ class Tokenizer:
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
         # Older models have a special_tokens_map.json.
-        names = read_objects(folder, "special_tokens_map.json", "tokenizer_config.json")
+        entries = read_objects(folder, "special_tokens_map.json", "tokenizer_config.json")
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = names.get(name, "")
+            token = entries.get(name, "")
             self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
-        self.template = names.get("chat_template")
-        if isinstance(self.template, list):  # several templates, each with a name
-            self.template = {t["name"]: t["template"] for t in self.template}.get("default")
-        if (folder / "chat_template.jinja").exists():
-            self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self.template = read_template(folder, entries.get("chat_template"))
         stop = read_objects(folder, "config.json", "generation_config.json").get("eos_token_id", [])
         self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
 
@@ -192,23 +191,72 @@ class Tokenizer:
         return self.encode(self.prompt(question), add_special_tokens=not self.template)
 
     def encode(self, text, add_special_tokens=False):
-        text.encode()  # JSON can hold half of a surrogate pair; that is a ValueError
+        """The ids of a text. ValueError if it holds what is no character."""
+        check_characters(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        """The text of ids without special tokens.
+
+        U+FFFD stands for bytes that are no UTF-8, and for ids that the tokenizer does not have:
+        many embeddings have more rows than their tokenizer has tokens.
+        """
+        text = ""
+        for known, run in groupby(ids, lambda i: self.tokenizer.id_to_token(i) is not None):
+            run = list(run)
+            text += self.tokenizer.decode(run) if known else REPLACED * len(run)
+        return text
+
+
+def check_characters(text):
+    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {e.start + 1} is half of a surrogate pair: "
+                         f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
+
+
+def read_utf8(file):
+    """The text of a file; ValueError if it is not UTF-8."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is no text in UTF-8: see its byte {e.start + 1}") from None
+
+
+def parse_json(text, where):
+    """The value of a JSON text; ValueError says where it is from."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where} is not valid JSON: {e}") from None
 
 
 def read_objects(folder, *names):
     """The entries that are not null of those JSON files that exist; a later file's replace."""
     found = {}
     for file in [folder / name for name in names if (folder / name).exists()]:
-        try:
-            entries = json.loads(file.read_text(encoding="utf-8")).items()
-        except (ValueError, AttributeError) as e:  # AttributeError: valid JSON, but no object
-            raise ValueError(f"{file} is not a JSON object: {e}") from None
-        found |= {key: value for key, value in entries if value is not None}
+        entries = parse_json(read_utf8(file), file)
+        if not isinstance(entries, dict):
+            raise ValueError(f"{file} is not a JSON object")
+        found |= {key: value for key, value in entries.items() if value is not None}
     return found
+
+
+def read_template(folder, template):
+    """The chat template: a file of its own, or this entry of tokenizer_config.json; may be None."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        return read_utf8(file)
+    if isinstance(template, list):  # several templates, each with a name
+        named = {str(entry.get("name")): entry.get("template") for entry in template
+                 if isinstance(entry, dict)}
+        template = named.get("default")
+        if template is None:
+            raise ValueError(f"{folder} has a chat template for {', '.join(named)}, but none named "
+                             f"default; write the one to use to {file}")
+    return template
 
 
 @lru_cache(maxsize=4)
@@ -234,217 +282,204 @@ def ask(problem):
     return problem.question
 
 
-# ---- Grading
+# ---- Grading. LaTeX, units, letters and "the answer is" are paper/grading.py
 
-MARK = re.compile(r"####|\\boxed\s*(?={)|\banswer\W*(?:is\b|:)[\s*:]*"
-                  r"|^(?=[(*]*[A-J][)*.]*\s*\Z)", re.IGNORECASE | re.MULTILINE)
-TYPESETTING = [  # (pattern, replacement): other ways to write the same
-    (r"\\?[$%]|°|\^ ?{?\\circ}?|\\(?:left|right)\b|(?<!\\)\\[!,;: ()\[\]]|(?<=\d)~", ""),
-    (r"\\(?:text|math|mbox)\w*\s*{([^{}]*)}", r" \1"),
-    (r"\\[dt]frac", r"\\frac"),
-    (r"{(,)}|{(\d)}(?!\d)", r"\1\2"),  # 1{,}000, x^{2}
-    ("−", "-"),
-    (r"\s+", " "),
-    (r" ?([^\w ]) ?", r"\1"),
-]
-# A plural, or one of a few other words, is a unit: "17 more", "17 times" and "17 xyz" are not 17.
-UNIT = (r"(?!(?:less|plus|minus|times|dozens|halves|thirds|\w+(?<!mon)ths|thousands|\w+illions)\b)"
-        r"(?:[a-z]{3,}s|percent|people|children|feet|day|hour|cup|[ckm]m|[km]g|ml|ft|in|lb|"
-        r"per [a-z]+)(?:(?:/| per )[a-z]+)?(?:\^[23])?")
-# Before the number an option's letter, or the left side of an equation, may stand.
-NUMBER = re.compile(rf"(?:\([a-j]\)|[a-z+]+=)?(-?\d*\.?\d+|-?\d+/[1-9]\d*)(?: ?({UNIT}))?")
+MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
+NEXT_QUESTION = re.compile(r"\n[^\w\n]{0,9}(?:question|problem|exercise|instruction|q|user|"
+                           r"human|问题|题目)[ \d]*\**(?:[:：]|(?<=\d)\.)", re.IGNORECASE)
+SEVERAL = re.compile(r"box(?:ed)? *{[^{}]*}[\s$]*(?:,|;|and|or)(?:[\s$]|[a-zA-Z] *=)*$")
+NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.))(?:\.\d+|/0*[1-9]\d*)?")
 
 
-def final_answer(text):
-    r"""The final answer that a response states, stripped; "" if it states none.
+def conclusion(response):
+    """A response without its thoughts, up to where a base model asks itself a new question.
 
-    Marks are `#### N`, \boxed{...} with nested braces, "the answer is ...", "Answer: ..." and a
-    last line that is a choice letter; the last mark counts.
+    Thoughts that do not end have no conclusion: "".
     """
+    text = re.split("</think(?:ing)?>", response)[-1]
+    if re.search("<think(?:ing)?>", text):
+        return ""
+    return NEXT_QUESTION.split(text.strip())[0]
+
+
+def final_answer(response):
+    r"""What the last `#### N` or \boxed{N} of a response holds, stripped; "" if there is none.
+
+    What is empty or cut off does not count. Several boxes side by side leave it in doubt: "".
+    """
+    text = conclusion(response)
     for mark in reversed(list(MARK.finditer(text))):
-        rest = text[mark.end():mark.end() + 1000].lstrip()
-        if mark[0] == "####":
-            found = rest.split("\n")[0]
-        elif mark[0].startswith("\\"):
-            found = _braced(rest)
-        else:
-            found = re.split(r"\n|\.\s", rest)[0]  # the sentence
+        rest = text[mark.end():].lstrip()
+        found = rest.split("\n")[0] if mark[0] == "####" else argument(rest)
         if found.strip():
-            return found.strip().rstrip(".")
+            several = SEVERAL.search(text[max(0, mark.start() - 200):mark.start()])
+            return "" if several else found.strip().rstrip(".")
     return ""
 
 
-def _braced(text):
-    """What the brace at the start of a text encloses, "" if nothing closes it."""
-    for brace in re.finditer("}", text):
-        inside = text[1:brace.start()]
-        if inside.count("{") == inside.count("}"):
-            return inside
+def argument(text):
+    """The argument of a LaTeX command at the start of a text: {...}, or a word; "" if cut off."""
+    if not text.startswith("{"):
+        return re.match(r"[^\s$]*", text)[0]
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text[:1000]):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[1:brace.start()]
     return ""
-
-
-def plain(text):
-    """An answer without its typesetting: markdown, signs of units, LaTeX's spaces and fonts."""
-    for pattern, replacement in TYPESETTING:
-        text = re.sub(pattern, replacement, text)
-    return text.lstrip("*` ").rstrip("*`.,; ")
 
 
 def number(text):
-    """(value, unit or None) of a plain answer that is one number and perhaps a unit, else None.
-
-    The value is exact. Whatever might change it (5x, 5!, 5 or 6, 5 dozen) makes it no number.
-    """
-    text = re.sub(r"(?<!\d)\\frac ?({-?\d+}|\d)({\d+}|\d)(?!\d)", r"\1/\2", text.lower())
-    found = NUMBER.fullmatch(re.sub(r"[{}]|(?<=\d),(?=\d{3}(?!\d))", "", text))  # 1,000
-    return (Fraction(found[1]), found[2]) if found else None
-
-
-def same_latex(found, gold):
-    """Are two LaTeX formulas equal in meaning? One with a word or a number base is not read."""
-    both = f"{found} {gold}"
-    if not re.search(r"[\\{]", both) or re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}|\d_", both):
-        return False
-    try:
-        from math_verify import LatexExtractionConfig, parse, verify
-    except ImportError:
-        warnings.warn("LaTeX answers must match as text; pip install math-verify compares meaning")
-        return False
-    found, gold = (parse(f"${text}$", [LatexExtractionConfig()]) for text in (found, gold))
-    return verify(gold, found, float_rounding=12)
+    """The exact value of 1,000 or 2.5 or 1/3; None if a text is no such number."""
+    if len(text) > 1000 or not NUMBER.fullmatch(text):
+        return None
+    return Fraction(text.replace(",", ""))
 
 
 def correct(response, answer):
-    """Does the final answer of a response mean this one? In doubt it does not.
-
-    Choice letters compare as letters, numbers as numbers (a missing unit agrees with any), LaTeX by
-    math-verify if that is installed, and the rest as text.
-    """
-    found, gold = plain(final_answer(response)), plain(answer)
-    if not found:
-        return False
-    letter = gold.strip("()")
-    if re.fullmatch("[A-J]", letter):  # right are B, (b) and B) Paris, but not B) or C)
-        return bool(re.fullmatch(rf"\(?(?i:{letter})(?:[).:](?!.*\b[A-J]\b).*)?", found))
-    if number(found) and number(gold):
-        (value, unit), (gold_value, gold_unit) = number(found), number(gold)
-        return value == gold_value and (unit == gold_unit or not unit or not gold_unit)
-    return found.casefold() == gold.casefold() or same_latex(found, gold)
+    """Is the final answer of a response this one, as text or as a number? In doubt it is not."""
+    found, answer = final_answer(response), answer.strip()
+    if number(found) is None or number(answer) is None:
+        return found != "" and found == answer
+    return number(found) == number(answer)
 
 
 # ---- Data sets
 
-ROW = "it needs question and answer, problem and solution, prompt and response, or messages"
+COLUMNS = set("question prompt messages response answer kind level id block right".split())
+NEEDED = "a row needs question and answer, prompt and response, or messages"
+KINDS = ("maths", "reading", "choice", "passage", "summary", "text")
 BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for besides
          "choice": r"Put the letter of your answer within \boxed{}."}
 
 
-def read_rows(file):
-    """[(number from 1, row)] of a JSONL file, as lines of text, or of a JSON list, as objects.
+def public_datasets(what):
+    """paper/datasets.py, which knows the hub, other formats of files and other columns.
 
-    A file of a hub data set is named hf://datasets/OWNER/NAME/PATH. Raises OSError or ValueError.
+    ValueError says what could do with it, if it is not there.
     """
     try:
-        text = Path(local(file)).read_text(encoding="utf-8-sig")
-        rows = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except ValueError as e:
-        raise ValueError(f"{file} is not valid JSON: {e}") from None
-    return [(number, row) for number, row in enumerate(rows, 1) if row != ""]
+        from paper import datasets
+    except ImportError:
+        raise ValueError(f"{what}; without paper/datasets.py {NEEDED}") from None
+    return datasets
 
 
-def local(file):
-    """The path itself, or of a file of a hub data set its local copy; OSError if that fails."""
-    found = re.fullmatch(r"hf://datasets/([^/]+/[^/]+)/(.+)", str(file))
-    if not found:
-        return file
+def read_rows(file):
+    """Yield (place, row) for each row of a JSONL file or of one JSON list.
+
+    The place is "line 3", or "row 3" of a list. A file of a hub data set is named
+    hf://datasets/OWNER/NAME/PATH. Raises OSError, or ValueError in one line that names the place.
+    """
+    path = file
+    if str(file).startswith("hf://"):
+        path = public_datasets(f"{file} is on the hub").download(file)
+    content = Path(path).read_bytes()
     try:
-        from huggingface_hub import hf_hub_download
-        return hf_hub_download(found[1], found[2], repo_type="dataset")
-    except Exception as e:  # of several libraries
-        raise OSError(f"cannot fetch {file}: {(str(e) or repr(e)).splitlines()[0]}") from None
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = None
+    if text is None or text.lstrip()[:1] not in ("", "[", "{") or "\0" in text:
+        what = f"{file} is no JSON in UTF-8"
+        raise ValueError(f"{what}: {public_datasets(what).file_format(content)}")
+    if text.lstrip().startswith("["):
+        for i, row in enumerate(parse_json(text, file), 1):
+            yield f"row {i}", row
+    else:
+        for i, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield f"line {i}", parse_json(line, f"{file}, line {i} (one whole object)")
+
+
+def text_of(row, column):
+    """The text of a column, "" if it is absent. An answer may also be a finite number."""
+    value = row.get(column, "")
+    if column == "answer" and type(value) in (int, float) and abs(value) < math.inf:
+        value = format(Decimal(str(value)), "f")
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {value!r:.60}, not text, nor a finite number as an answer")
+    return value
+
+
+def first_exchange(messages):
+    """The first user's turn of a chat as prompt, and the assistant's turn after it as response.
+
+    A system turn stands before the user's text.
+    """
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise ValueError("messages is not a list of turns with role and content")
+    roles = [turn.get("role") for turn in messages]
+    if "user" not in roles:
+        raise ValueError(f"messages has no turn of the user, but of {roles!r:.60}")
+    user = roles.index("user")
+    question = [text_of(turn, "content") for turn in messages[:user + 1]
+                if turn["role"] in ("system", "user")]
+    row = {"prompt": "\n\n".join(question)}
+    if roles[user + 1:user + 2] == ["assistant"]:
+        row["response"] = text_of(messages[user + 1], "content")
+    return row
 
 
 def problem_from_row(row):
-    r"""What a row of a data set is, as a Problem. Any exception means that it is none.
+    r"""What a row of a data set is, as a Problem. ValueError says why it is none.
 
-    kind     | fields                                                   | sets
-    maths    | question, answer (ending in `#### N`)                    | GSM8K
-             | problem, answer or solution (and level)                  | MATH, AMC, AIME, SVAMP
-             | query, response                                          | MetaMathQA
-             | question, response (and answer)                          | sample.py
-    choice   | question, options or choices, answer (letter, position)  | multiple choice
-    passage  | context, question, answer or answers                     | reading
-    summary  | prompt, reference                                        | XSum
-    text     | prompt, response; messages                               | chats
-             | instruction, output (and input)                          | Alpaca
-    Text is maths if its response ends in `#### N` or holds \boxed{...}. Of messages the first turn
-    of the user and of the assistant count. GSM8K's calculator marks <<...>> are left out.
+    columns                  | what it is
+    question, answer         | GSM8K: the answer is a worked solution, which ends in `#### N`
+    question, response       | what beyond/own_answers.py writes
+    prompt, response         | maths if the response marks its final answer, else text
+    messages                 | the same; later exchanges are left out
+    Each may have answer, kind and level besides. An answer of its own counts before that of the
+    response. Columns that are null or empty are absent. paper/datasets.py knows other columns.
     """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is an object, not {row!r:.40}; {NEEDED}")
+    row = {column: value for column, value in row.items()
+           if value not in (None, [], {}) and str(value).strip()}
+    if set(row) - COLUMNS or len({"question", "prompt", "messages"} & set(row)) != 1:
+        row = public_datasets(f"its columns are {', '.join(row)}").translate(row)
     if "messages" in row:
-        turns = {turn["role"]: turn["content"] for turn in reversed(row["messages"])}
-        row = {"prompt": turns["user"], "response": turns["assistant"]}
-    if "instruction" in row:
-        prompt = f"{row['instruction']}\n{row.get('input') or ''}".strip()
-        row = {"prompt": prompt, "response": row["output"]}
-    question = row.get("question") or row.get("problem") or row.get("query") or row["prompt"]
-    answer = row["answers"][0] if "answers" in row else row.get("answer")
-    response = row.get("response") or row.get("solution") or row.get("reference", "")
-    kind, lines = "maths", [question]
-    options = row.get("options") or row.get("choices")
-    if options:
-        kind, letters = "choice", "ABCDEFGHIJ"[:len(options)]
-        if answer not in list(letters):
-            answer = dict(enumerate(letters))[answer]
-        lines += [f"({letter}) {text}" for letter, text in zip(letters, options, strict=True)]
-    elif "context" in row:
-        kind, lines = "passage", [row["context"], question]
-    elif "reference" in row:
-        kind, answer = "summary", response
-    elif "prompt" in row and not re.search(r"####[^\n]*\s*$|\\boxed\s*{", response):
-        kind = "text"
-    answer = "" if answer is None else str(answer)
-    if "question" in row and not response:
-        response = answer  # GSM8K's holds the worked solution
-    response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", response)
+        row = first_exchange(row["messages"]) | row
+    question = text_of(row, "question") or text_of(row, "prompt")
+    response, answer, level = text_of(row, "response"), text_of(row, "answer"), row.get("level")
+    if "question" in row and "response" not in row:
+        response, steps = re.subn(r"<<[^<>\n]*=[^<>\n]*>>", "", answer)  # GSM8K's calculator
+        level = steps or level
+    marked = re.search(r"####[^\n]*\s*$|\\f?box(ed)?\b", response)
+    kind = row.get("kind", "maths" if "question" in row or answer or marked else "text")
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r:.40}, not one of {', '.join(KINDS)}")
     if kind == "maths":
         answer = final_answer(answer) or answer or final_answer(response)
-    return Problem("\n".join(lines), response, answer, kind, row.get("level", steps or None))
+    check_characters(question + response + answer)
+    return Problem(question, response, answer, kind, level)
 
 
-def read_problems(file, count=None, skip_bad=False, evaluation=False, boxed=False,
-                  parse=problem_from_row):
+def read_problems(file, count=None, evaluation=False, boxed=False):
     """The problems of a file that read_rows can read, the first `count` at most.
 
     Each must have a response to learn from; with evaluation, an answer instead. boxed: the question
-    asks for the answer in a box, as an official model needs it. parse: what a row is. skip_bad
-    names bad rows on stderr and leaves them out. Raises OSError, or ValueError in one line that
-    names the file and the row.
+    asks for the answer in a box, as an official model needs it. Raises OSError, or ValueError in
+    one line that names the file and the row.
     """
     found = []
-    for number, row in read_rows(file):
-        if len(found) == count:
-            break
+    for place, row in islice(read_rows(file), count):
         try:
-            problem = parse(json.loads(row) if isinstance(row, str) else row)
-            (problem.question + problem.response).encode()  # ValueError for half a surrogate pair
+            problem = problem_from_row(row)
             for field in ("question", "answer" if evaluation else "response"):
                 if not getattr(problem, field).strip():
-                    raise ValueError(f"no {field}")
-        except (ValueError, LookupError, TypeError, AttributeError) as e:
-            message = f"{file}, line {number}: not a problem ({type(e).__name__}: {e}); {ROW}"
-            if not skip_bad:
-                raise ValueError(message) from None
-            print("left out:", message, file=sys.stderr)
-            continue
-        if boxed and problem.kind in BOXED:
-            problem.question += "\n" + BOXED[problem.kind]
+                    raise ValueError(f"no {field} in the columns {', '.join(row)}; {NEEDED}")
+        except ValueError as e:
+            raise ValueError(f"{file}, {place}: {e}") from None
+        asks = BOXED.get(problem.kind, "") if boxed else ""
+        if asks not in problem.question:
+            problem.question += "\n" + asks
         found.append(problem)
     if not found:
         raise ValueError(f"{file} holds no problems")
     return found
 
 
-# ---- Batches
+# ---- Samples and batches
 
 @dataclass
 class Batch:
@@ -460,6 +495,35 @@ class Batch:
         self.response = self.generated & (position < self.lengths[:, None])
 
 
+def encode_samples(problems, tokenizer, max_tokens=2048):
+    """Problems -> [(prompt_ids, response_ids)]. No stop id is added, as it is never fed back.
+
+    Longer samples than max_tokens are left out, and their number is said on stderr. ValueError if
+    none is left.
+    """
+    samples = []
+    for problem in problems:
+        response = without_opening(tokenizer.prompt(ask(problem)), problem.response)
+        samples.append((tokenizer.prompt_ids(ask(problem)), tokenizer.encode(response)))
+    lengths = [len(prompt) + len(response) for prompt, response in samples]
+    short = [sample for sample, length in zip(samples, lengths) if length <= max_tokens]
+    if not short:
+        raise ValueError(f"no sample has at most {max_tokens} tokens, the shortest has "
+                         f"{min(lengths, default=0)}; raise --max-tokens")
+    if len(short) < len(samples):
+        print(f"too long: left out {len(samples) - len(short)} of {len(samples)} samples with over "
+              f"{max_tokens} tokens; the longest has {max(lengths)}", file=sys.stderr)
+    return short
+
+
+def without_opening(prompt, response):
+    """A response without the `<think>` with which the prompt already ends."""
+    opening = re.search(r"<think>\s*$", prompt)
+    if not opening or not response.lstrip().startswith("<think>"):
+        return response
+    return response.lstrip().removeprefix("<think>").removeprefix(opening[0][len("<think>"):])
+
+
 def pad(sequences, device="cpu"):
     """Lists of ids -> (tokens [B, T] int64, zeros on the right, and lengths [B] int64)."""
     lengths = torch.tensor([len(ids) for ids in sequences], device=device)
@@ -469,31 +533,26 @@ def pad(sequences, device="cpu"):
 
 def until_stop(ids, stop_ids):
     """The ids up to and including the first stop id."""
-    ends = [i + 1 for i, token in enumerate(ids) if token in stop_ids]
-    return ids[:ends[0]] if ends else ids
-
-
-def encode_samples(problems, tokenizer, max_tokens=2048):
-    """Problems -> [(prompt_ids, response_ids)]. No stop id is added, as it is never fed back.
-
-    Longer samples than max_tokens are dropped, and their number is said on stderr. ValueError if
-    none is left.
-    """
-    samples = [(tokenizer.prompt_ids(ask(p)), tokenizer.encode(p.response)) for p in problems]
-    short = [sample for sample in samples if sum(map(len, sample)) <= max_tokens]
-    if len(short) < len(samples):
-        print(f"too long: dropped {len(samples) - len(short)} of {len(samples)}", file=sys.stderr)
-    if not short:
-        raise ValueError(f"no sample has at most {max_tokens} tokens; raise --max-tokens")
-    return short
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[:i + 1]
+    return ids
 
 
 def batch_indices(samples, batch_size, seed=None):
-    """Lists of indices, one epoch of batches, similar lengths together; shuffled by a seed."""
-    order = sorted(range(len(samples)), key=lambda i: sum(map(len, samples[i])))
+    """One epoch of batches: lists of indices, each index once, similar lengths together.
+
+    Without a seed the batches go from short to long. Each seed gives other batches, in any order:
+    before the order by length is cut, each sample moves by up to a batch.
+    """
+    rng = random.Random(seed)
+    moves = [rng.random() if seed is not None else 0 for _ in samples]
+    order = sorted(range(len(samples)), key=lambda i: (sum(map(len, samples[i])), moves[i]))
+    places = {i: place + batch_size * moves[i] for place, i in enumerate(order)}
+    order.sort(key=places.get)
     found = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
     if seed is not None:
-        random.Random(seed).shuffle(found)
+        rng.shuffle(found)
     return found
 
 

@@ -8,6 +8,7 @@ the paper has not, is asked for by name: --layerwise sequential, --loss kl.
 
 import hashlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute_later
 import caprese
 import data
 import sample
+from model import resolve
 
 RECIPES = {  # a flag that is not given: the bundled model's value, an own model's, that of --paper
     "samples": (6000, 20000, 20000),
@@ -103,6 +105,7 @@ def fit_closed_form(model, batches):
     def visit(ff, x, e):
         add_moments(*moments[ff], x, e)
 
+    batches = list(batches)
     for batch in sample.progress(batches, "closed form", len(batches)):
         visit_residuals(model, batch, visit)
     for ff, (A, C) in moments.items():
@@ -226,6 +229,8 @@ def kl_to_full(model, samples, micro_batch=4):
             sparse = embeddings(model, batch.tokens)[:, :-1][followed]
         total += float(kl_divergence(model, sparse, full))
         count += len(full)
+    if not math.isfinite(total):
+        raise overflow(model.dtype)
     if count == 0:
         raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
     return total / count
@@ -307,8 +312,10 @@ def adam_memory(optimizer, parameters):
 
 def overflow(dtype):
     """The error for numbers that are infinite or no numbers."""
-    return ValueError(f"overflow: a number is not finite in {dtype}; try --dtype bfloat16 or "
-                      "float32, and if it stays so, a lower learning rate")
+    if dtype == torch.float16:
+        return ValueError("overflow: a number is not finite in torch.float16; try --dtype bfloat16")
+    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the learning "
+                      "rate is too high")
 
 
 # ---- several processes: beyond/several_devices.py starts them; here there is one
@@ -361,6 +368,7 @@ class Checkpoint:
     def restore(self, stage, tensors):
         """Fill the tensors with those saved in this stage, and return the step; 0 if none were."""
         if self.about["stage"] != stage:
+            self.tensors = {}  # those of an earlier stage, if any
             self.start = time.perf_counter()
             self.save(stage, 0, tensors)
         for name, tensor in tensors.items():
@@ -517,7 +525,7 @@ def describe(args):
 def settings_of(args, model, samples, unseen):
     """What a run depends on, {name: value}, for its Checkpoint: flags, contents of data, model."""
     changes_nothing = ("device", "json", "resume", "fresh", "save_every", "gradient_checkpointing",
-                       "model", "data", "eval_data")
+                       "out", "model", "data", "eval_data")
     settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
     settings["method"] = caprese.method_name(caprese.METHODS.get(args.method, args.method))
     contents = {"training samples": samples, "evaluation samples": unseen}
@@ -542,19 +550,22 @@ def open_checkpoint(args, settings, out):
     return checkpoint
 
 
-def distill(args, shard=None, load=sample.load, measure=measure, command=("sample.py",)):
+def distill(args, load=sample.load, shard=None, measure=measure, command=("sample.py",)):
     """Both stages and the table, as args say; writes the adapter.
 
-    shard(model) spreads the base weights over devices: see beyond/several_devices.py. load(args),
-    measure(...) and the command that answers are others in beyond/in_transformers.py.
+    The rooms of beyond/ hand in what differs there: load(args) -> (model, tokenizer), shard(model),
+    which spreads the base weights over devices, measure(...), and the command that answers.
     """
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
     print(describe(args), file=out, flush=True)
-    model, tokenizer = load(args)
+    tokenizer = data.Tokenizer(resolve(args.model or sample.BUNDLED))
     samples = training_samples(args, tokenizer)
     unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
               for file in args.eval_data}
+    model, _ = load(args)  # takes long, so a file that is missing is noticed before
+    # Flags that do not fit this model are noticed here, not after it has been measured.
+    caprese.detach(caprese.attach(model, args.method, args.density, args.layers, args.rank))
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
     say_what_teaches(samples, model, out)
@@ -598,11 +609,11 @@ def distill(args, shard=None, load=sample.load, measure=measure, command=("sampl
 
 def print_row(row, out, first):
     """Print a row of the table as soon as it is measured, below the names if it is the first."""
-    widths = [max(12, len(name)) for name in row]
-    if first:
-        print("\n" + "  ".join(map(str.rjust, row, widths)), file=out)
     cells = [sample.format_cell(value) for value in row.values()]
-    print("  ".join(map(str.rjust, cells, widths)), file=out, flush=True)
+    for line in [list(row), cells] if first else [cells]:
+        widths = [24] + [max(9, len(name)) for name in row][1:]
+        line[0] = line[0].ljust(24)
+        print("  ".join(map(str.rjust, line, widths)), file=out, flush=True)
 
 
 def main():

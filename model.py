@@ -1,15 +1,15 @@
 """A Llama-style transformer that loads official weights. It knows nothing of sparsity.
 
-Letters in the shape comments: B batch, T tokens of this call, S positions in the cache,
+Letters in the shape comments: B batch, T tokens of this call, S positions that attention reads,
 D hidden_size, H query heads, K key/value heads, d head_dim, F intermediate_size, V vocab_size.
-Module names are the official ones, so loading is a strict comparison of names and shapes.
+Modules have their official names, so a checkpoint's tensors fit without renaming.
 The families (llama, mistral, qwen2, qwen3, gemma2) differ in fields of Config and nowhere else.
 """
 
 import json
 import math
 import re
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,35 +17,48 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-# What each family's own code assumes: of keys that config.json leaves out, and whatever it says.
-FAMILIES = {
-    "llama": ({}, {"use_sliding_window": False}),
-    "mistral": ({"num_key_value_heads": 8, "sliding_window": 4096},
-                {"attention_bias": False, "use_sliding_window": True, "max_window_layers": 0}),
-    "qwen2": ({"num_key_value_heads": 32}, {"attention_bias": True, "o_bias": False}),
-    "qwen3": ({"head_dim": 128, "num_key_value_heads": 32}, {"qk_norm": True}),
-    "gemma2": ({"head_dim": 256, "num_key_value_heads": 4, "sliding_window": 4096,
-                "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
-                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
-                "hidden_activation": "gelu_pytorch_tanh"},
-               {"use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
-                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True}),
-}
-# For these keys null is a value of its own: no window, no cap, as many as there are heads.
-NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
-            "num_key_value_heads")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "float64": torch.float64}
 ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-REPO_FILES = ["*config.json", "model*.safetensors", "tokenizer.json", "special_tokens*", "*.jinja"]
 
 
 # ---- config.json
+
+# What a key means where config.json leaves it out: to every family, and to one.
+DEFAULTS = {"rope_theta": 10000.0, "attention_bias": False, "use_sliding_window": False,
+            "max_window_layers": 28}
+FAMILY_DEFAULTS = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+               "tie_word_embeddings": True, "query_pre_attn_scalar": 256,
+               "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+               "hidden_activation": "gelu_pytorch_tanh"},
+}
+# What a family's own code does, whatever config.json says.
+FAMILY_RULES = {
+    "llama": {"use_sliding_window": False},
+    "mistral": {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": False},
+    "qwen2": {"attention_bias": True, "o_bias": False},
+    "qwen3": {"qk_norm": True},
+    "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "every_other_layer": True,
+               "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
+}
+# For these keys null is a value: no window, no cap, as many as query heads. Elsewhere null means
+# that the key is left out.
+NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+            "num_key_value_heads")
+LLAMA3_RULE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+NOT_IMPLEMENTED = ("mlp_bias", "use_bidirectional_attention", "quantization_config", "quantization")
+
 
 @dataclass
 class Config:
     """The fields of config.json that change the numbers, defaults of the family filled in.
 
-    rope_scaling is None or the llama3 dictionary. Raises ValueError on values that make no model.
+    Raises ValueError on values that make no model.
     """
     vocab_size: int
     hidden_size: int
@@ -57,8 +70,8 @@ class Config:
     windows: tuple  # for each layer its sliding window, or None for full attention
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_theta: float | int = 10000.0
+    rope_scaling: dict | None = None  # the four numbers of the llama3 rule
     hidden_act: str = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False    # of q, k and v
@@ -85,30 +98,39 @@ class Config:
     def from_dict(cls, raw, source="config.json"):
         """Read a config.json of the classic or the newer style (rope_parameters, layer_types).
 
-        Raises ValueError naming the source and whatever is missing or not implemented.
+        Raises ValueError that names the source and what is missing, wrong or not implemented.
         """
         try:
-            defaults, fixed = FAMILIES[one_of("model_type", raw.get("model_type"), FAMILIES)]
-            for key in ("mlp_bias", "quantization_config", "use_bidirectional_attention"):
-                if raw.get(key):
-                    raise ValueError(f"{key} is not implemented")
-            given = {k: v for k, v in raw.items() if v is not None or k in NULLABLE}
-            raw = defaults | given | fixed
-            # Gemma 2's code ignores hidden_act, which its first config files carry as well.
-            act = raw.get("hidden_activation", raw.get("hidden_act", "silu"))
-            dtype = raw.get("dtype", raw.get("torch_dtype", "float32"))
-            raw |= rope_fields(raw) | {
-                "num_key_value_heads": raw.get("num_key_value_heads") or raw["num_attention_heads"],
-                "head_dim": raw.get("head_dim", raw["hidden_size"] // raw["num_attention_heads"]),
-                "o_bias": raw.get("o_bias", raw.get("attention_bias", False)),
-                "windows": layer_windows(raw), "hidden_act": one_of("hidden_act", act, ACTIVATIONS),
-                "dtype": DTYPES[one_of("dtype", dtype, DTYPES)]}
-            names = [f.name for f in fields(cls) if f.name in raw or f.default is MISSING]
-            return cls(**{name: raw[name] for name in names})
+            values = config_values(raw)
+            names = [f.name for f in fields(cls) if f.name in values or f.default is MISSING]
+            return cls(**{name: values[name] for name in names})
         except KeyError as error:
             raise ValueError(f"{source} lacks {error}") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise ValueError(f"{source} holds a value that cannot be used: {error}") from None
+
+
+def config_values(raw):
+    """What a config.json says, together with all that its family implies, as Config names it."""
+    if not isinstance(raw, dict):
+        raise ValueError("it must be a JSON object")
+    family = one_of("model_type", raw.get("model_type"), FAMILY_DEFAULTS)
+    for key in NOT_IMPLEMENTED:
+        if raw.get(key):
+            raise ValueError(f"{key} is not implemented")
+    given = {key: value for key, value in raw.items() if value is not None or key in NULLABLE}
+    values = DEFAULTS | FAMILY_DEFAULTS[family] | given | FAMILY_RULES[family]
+    heads = values["num_attention_heads"]
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    values.setdefault("head_dim", values["hidden_size"] // heads)
+    values.setdefault("o_bias", values["attention_bias"])
+    # Gemma 2's code ignores hidden_act, which its first config files carry as well.
+    act = values.get("hidden_activation", values.get("hidden_act", "silu"))
+    values["hidden_act"] = one_of("hidden_act", act, ACTIVATIONS)
+    dtype = values.get("dtype", values.get("torch_dtype", "float32"))
+    values["dtype"] = DTYPES[one_of("dtype", dtype, DTYPES)]
+    values["windows"] = layer_windows(values)
+    return values | rope_values(values)
 
 
 def one_of(name, value, known):
@@ -118,37 +140,45 @@ def one_of(name, value, known):
     return value
 
 
-def rope_fields(raw):
+def rope_values(values):
     """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
-    own = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(own, dict) or any(isinstance(value, dict) for value in own.values()):
-        raise ValueError(f"rope_scaling is {own!r}, but must be one object, none per layer type")
-    kind = own.get("rope_type", own.get("type", "default"))
-    one_of("rope type", kind, ("default", "llama3"))
-    rope = {"original_max_position_embeddings": raw.get("max_position_embeddings")} | raw | own
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    one_of("rope type", rope_type, ("default", "llama3"))
+    rope = {"original_max_position_embeddings": values.get("max_position_embeddings"),
+            "rope_theta": values["rope_theta"],
+            "partial_rotary_factor": values.get("partial_rotary_factor", 1.0)} | rope
+    if rope["partial_rotary_factor"] != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {key: float(rope[key]) for key in keys} if kind == "llama3" else None
-    return {"rope_theta": float(rope.get("rope_theta", 10000.0)), "rope_scaling": scaling}
+    scaling = {key: float(rope[key]) for key in LLAMA3_RULE} if rope_type == "llama3" else None
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
-def layer_windows(raw):
+def layer_windows(values):
     """Sliding window per layer (None: full attention), by layer_types or by the family's rule."""
     # Qwen configs carry a window even where it is off.
-    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
+    window = values.get("sliding_window") if values["use_sliding_window"] else None
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}, not a positive int")
-    layers, types = range(raw["num_hidden_layers"]), raw.get("layer_types")
-    sliding = layers[raw.get("max_window_layers", 28)::raw.get("window_step", 1)]
+    layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
     if types:
         if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
             raise ValueError(f"{len(types)} layer_types for {len(layers)} layers: {set(types)}")
         sliding = [i for i in layers if types[i] == "sliding_attention"]
+    else:
+        step = 2 if values.get("every_other_layer") else 1
+        sliding = layers[values["max_window_layers"]::step]
     return tuple(window if i in sliding else None for i in layers)
 
 
 # ---- the parts
+
+def at_least_float32(x):
+    """x, if its dtype is float32 or float64; else x in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight over the last dimension."""
@@ -161,24 +191,27 @@ class RMSNorm(nn.RMSNorm):
         if not self.plus_one:
             return F.rms_norm(x, self.normalized_shape, self.weight, self.eps)
         # Gemma rounds to the dtype once, at the end; bfloat16 would lose most of 1 + weight.
-        weight = 1 + self.weight.float()
-        return F.rms_norm(x.float(), self.normalized_shape, weight, self.eps).to(x.dtype)
+        weight = 1 + at_least_float32(self.weight)
+        return F.rms_norm(at_least_float32(x), self.normalized_shape, weight, self.eps).to(x.dtype)
 
 
 def rope_frequencies(config):
     """Rotary frequencies [d/2] in float32: theta^(-2i/d), stretched as Llama 3.1 does where asked.
 
-    On the CPU, in the families' own order of operations: far into a context the last bit shows.
+    They are made on the CPU and in the families' own order of operations, because far into a
+    context the last bit shows.
     """
-    exponents = torch.arange(0, config.head_dim, 2, device="cpu") / config.head_dim
-    frequencies = 1.0 / config.rope_theta ** exponents
+    even = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies
-    factor, low, high = (scaling[key] for key in ("factor", "low_freq_factor", "high_freq_factor"))
+    # How often a pair turns within the context of pretraining. A pair that turns often keeps its
+    # frequency, one that turns seldom is slowed by the factor, and between them it is blended.
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: many turns, untouched; 0: few, slowed
-    return frequencies * keep + frequencies / factor * (1 - keep)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * kept + frequencies / scaling["factor"] * (1 - kept)
 
 
 def rotate(x, cos, sin):
@@ -188,23 +221,22 @@ def rotate(x, cos, sin):
 
 
 class Cache:
-    """Preallocated keys and values, each layer [B, K, S, d]. Row b holds lengths[b] tokens.
+    """The keys and values of earlier tokens, preallocated: for each layer [B, K, capacity, d].
 
-    max_length is the largest of lengths, known on the host so that no step waits for the device.
-    ragged says that lengths differ between rows; then keys beyond a row's length are masked.
-    num_keys, if set, is how many positions a call reads whatever the rows hold, the rest masked.
-    Then nothing in the call depends on the host's max_length, as a captured graph needs it.
+    Row b holds lengths[b] tokens. max_length is the largest of lengths, known on the host so that
+    no decode step waits for the device. ragged says that lengths differ between rows.
     """
 
     def __init__(self, config, batch_size, capacity, device, dtype):
         shape = (batch_size, config.num_key_value_heads, capacity, config.head_dim)
         layers = range(config.num_hidden_layers)
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.v = [torch.zeros_like(k) for k in self.k]
+        self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
-        self.capacity = capacity  # S, the most tokens that a row can hold
-        self.max_length, self.ragged, self.num_keys = 0, False, None
+        self.capacity = capacity
+        self.max_length = 0
+        self.ragged = False
 
     def advance(self, tokens):
         """Every row holds so many tokens more (or, if negative, fewer)."""
@@ -212,32 +244,44 @@ class Cache:
         self.max_length += tokens
 
     def set_lengths(self, lengths):
-        """Row b holds lengths[b] tokens; what stands behind is masked, then overwritten."""
+        """Row b holds lengths[b] tokens. What stands behind is masked, and overwritten later."""
         self.lengths.copy_(lengths)
         self.max_length = int(lengths.max())
         self.ragged = bool((lengths != lengths[0]).any())
 
     def reorder(self, rows):
         """Continue with these rows [n] int64; a row may occur several times."""
-        self.k = [k[rows] for k in self.k]
-        self.v = [v[rows] for v in self.v]
+        for layer in range(len(self.k)):
+            self.k[layer] = self.k[layer][rows]
+            self.v[layer] = self.v[layer][rows]
         self.lengths = self.lengths[rows]
-        self.rows = torch.arange(len(rows), device=self.rows.device)[:, None]
+        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
         self.set_lengths(self.lengths)
 
+    def num_keys(self, T):
+        """S, how many positions attention reads when each row gets T tokens more.
+
+        Raises ValueError if they do not fit.
+        """
+        if self.max_length + T > self.capacity:
+            raise ValueError(f"the cache has room for {self.capacity} tokens in a row, not for "
+                             f"{self.max_length + T}")
+        return self.max_length + T
+
     def write(self, layer, k, v, positions):
-        """Store k, v [B, K, T, d] at positions [B, T]; return the keys and values to read."""
-        end = self.num_keys or self.max_length + k.shape[2]
+        """Store k, v [B, K, T, d] at positions [B, T]; return all keys and values [B, K, S, d]."""
+        T = k.shape[2]
+        S = self.num_keys(T)
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
-            if self.ragged or self.num_keys:  # scatter_ would copy all that is stored on a CPU
+            if self.ragged:
                 stored.transpose(1, 2).index_put_((self.rows, positions), new.transpose(1, 2))
-            else:
-                stored[:, :, self.max_length:end] = new
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+            else:  # all positions are the same: a plain copy
+                stored[:, :, self.max_length:self.max_length + T] = new
+        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
 
 
-def attention_mask(positions, num_keys, window):
-    """Bool [B, 1, T, num_keys]: key j is seen from position i if i - window < j <= i."""
+def attention_mask(positions, num_keys, window=None):
+    """Bool [B, 1, T, S]: key j is seen from position i if i - window < j <= i."""
     j = torch.arange(num_keys, device=positions.device)
     i = positions[:, None, :, None]
     past = j <= i
@@ -251,8 +295,9 @@ class Attention(nn.Module):
         super().__init__()
         D, d = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.layer, self.config, self.softcap = layer, config, config.attn_logit_softcapping
+        self.layer, self.head_dim = layer, d
         self.scale = (config.query_pre_attn_scalar or d) ** -0.5
+        self.softcap = config.attn_logit_softcapping
         self.q_proj = nn.Linear(D, H * d, bias=config.attention_bias)
         self.k_proj = nn.Linear(D, K * d, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, K * d, bias=config.attention_bias)
@@ -263,41 +308,48 @@ class Attention(nn.Module):
     def forward(self, x, positions, rope, mask, cache):
         """x [B, T, D] -> [B, T, D]; the other inputs are those of Decoder.layer_inputs."""
         B, T, _ = x.shape
-        d = self.config.head_dim
-        q = self.q_proj(x).view(B, T, -1, d)  # [B, T, H, d]
-        k = self.k_proj(x).view(B, T, -1, d)  # [B, T, K, d]
-        v = self.v_proj(x).view(B, T, -1, d)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # [B, T, H, d]
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # [B, T, K, d]
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # [B, T, K, d]
         q = rotate(self.q_norm(q), *rope).transpose(1, 2)  # [B, H, T, d]
         k = rotate(self.k_norm(k), *rope).transpose(1, 2)  # [B, K, T, d]
-        v = v.transpose(1, 2)
+        v = v.transpose(1, 2)                              # [B, K, T, d]
         if cache is not None:
             k, v = cache.write(self.layer, k, v, positions)  # [B, K, S, d]
-        out = self.attend(q, k, v, mask)
+        attend = self.attend_capped if self.softcap else self.attend
+        out = attend(q, k, v, mask)  # [B, H, T, d]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, mask):
         """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
 
-        mask: bool [B, 1, T, S]; or None, then one token attends to all keys and several tokens,
-        which are all the keys there are, attend causally. With soft-capping several tokens have a
-        mask.
+        mask is bool [B, 1, T, S]. It is None in two cases: one token that sees all keys, or T = S
+        tokens of which each sees itself and those before it.
         """
-        shape, (B, K) = q.shape, k.shape[:2]
-        if shape[2] == 1:  # heads that share keys stand side by side like tokens: no key is copied
-            q = q.reshape(B, K, -1, shape[-1])
-        if not self.softcap:
-            causal = mask is None and shape[2] > 1
-            out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=self.scale,
-                                                 enable_gqa=q.shape[1] != K)
-            return out.reshape(shape)
-        # tanh sits between scores and softmax (Gemma 2); the fused kernel has no place for it.
-        q = q.reshape(B, K, -1, *q.shape[2:])  # [B, K, H/K, T, d]
-        scores = q @ k[:, :, None].mT * (self.scale / self.softcap)  # [B, K, H/K, T, S]
-        scores = torch.tanh(scores) * self.softcap
+        B, H, T, d = q.shape
+        K = k.shape[1]
+        if T == 1:
+            # The H/K query heads that share a key/value head become H/K rows of that head. As they
+            # stand at one position, the mask is the same for all, and the keys need not be copied.
+            q = q.reshape(B, K, H // K, d)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
+                                             scale=self.scale, enable_gqa=q.shape[1] != K)
+        return out.reshape(B, H, T, d)
+
+    def attend_capped(self, q, k, v, mask):
+        """The same with Gemma 2's cap on the scores, which the fused kernel has no place for."""
+        B, H, T, d = q.shape
+        K, S = k.shape[1:3]
+        if mask is None and T > 1:
+            mask = attention_mask(torch.arange(T, device=q.device)[None], S)
+        q = q.reshape(B, K, H // K * T, d)  # query heads that share a key/value head
+        scores = q @ k.mT * (self.scale / self.softcap)  # [B, K, H/K * T, S]
+        scores = (torch.tanh(scores) * self.softcap).view(B, H, T, S)
         if mask is not None:
-            scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-        return (weights @ v[:, :, None]).reshape(shape)
+            scores = scores.masked_fill(~mask, -math.inf)
+        weights = torch.softmax(at_least_float32(scores), dim=-1).to(v.dtype)
+        out = weights.view(B, K, H // K * T, S) @ v  # [B, K, H/K * T, d]
+        return out.view(B, H, T, d)
 
 
 class MLP(nn.Module):
@@ -313,7 +365,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         """x [B, T, D] -> [B, T, D]."""
-        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # (1)
+        z = self.act_fn(self.gate_proj(x)) * self.up_proj(x)  # (1) [B, T, F]
         return self.down_proj(z)                              # (2)
 
 
@@ -332,6 +384,7 @@ class Layer(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(D, config)
 
     def forward(self, x, positions, rope, mask, cache):
+        """x [B, T, D] -> [B, T, D]; the other inputs are those of Decoder.layer_inputs."""
         attended = self.self_attn(self.input_layernorm(x), positions, rope, mask, cache)
         if not self.post_norms:
             x = x + attended
@@ -352,7 +405,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.inv_freq = rope_frequencies(config)
+        self.inv_freq = rope_frequencies(config)  # no buffer: a cast of the model must not reach it
         self.gradient_checkpointing = False  # distill.py turns it on for large models
 
     def forward(self, tokens, cache=None):
@@ -371,8 +424,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def embed(self, tokens):
-        """The first layer's input: tokens [B, T] int64 -> [B, T, D]."""
-        x = self.embed_tokens(tokens)
+        """The first layer's input: tokens [B, T] int64 -> [B, T, D].
+
+        Raises ValueError on a token id beyond the embedding (on CUDA the device stops instead).
+        """
+        try:
+            x = self.embed_tokens(tokens)
+        except IndexError:
+            raise ValueError(f"token ids {tokens.min()} to {tokens.max()}, but embeddings of 0 to "
+                             f"{self.config.vocab_size - 1}: another model's tokenizer?") from None
         if self.config.scale_embeddings:  # by a factor rounded to the dtype, as Gemma does
             x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)
         return x
@@ -380,18 +440,22 @@ class Decoder(nn.Module):
     def layer_inputs(self, tokens, cache=None):
         """For each layer, what it gets beside x: (positions [B or 1, T], rope, mask, cache)."""
         T = tokens.shape[1]
-        positions, num_keys, ragged = torch.arange(T, device=tokens.device)[None], T, False
+        positions = torch.arange(T, device=tokens.device)[None]  # [1, T]
+        num_keys, ragged = T, False
         if cache is not None:
-            positions = cache.lengths[:, None] + positions
-            num_keys = cache.num_keys or cache.max_length + T
-            ragged = cache.ragged or cache.num_keys is not None
+            positions = cache.lengths[:, None] + positions  # [B, T]
+            num_keys, ragged = cache.num_keys(T), cache.ragged
         rope = self.rope(positions)
-        causal = T == num_keys and not self.config.attn_logit_softcapping
         masks = {}
-        for window in set(self.config.windows):  # no mask where Attention.attend needs none
-            slides = window is not None and num_keys > window
-            needed = ragged or slides or T > 1 and not causal
-            masks[window] = attention_mask(positions, num_keys, window) if needed else None
+        for window in set(self.config.windows):
+            # Attention needs no mask in two cases. T = 1: the new token sees all keys. T = S: all
+            # keys are of this call, and each token sees those up to its own. In both cases it does
+            # need one if the rows have different lengths, or if a key lies beyond the window.
+            beyond_window = window is not None and num_keys > window
+            if T in (1, num_keys) and not ragged and not beyond_window:
+                masks[window] = None
+            else:
+                masks[window] = attention_mask(positions, num_keys, window)
         return [(positions, rope, masks[window], cache) for window in self.config.windows]
 
     def rope(self, positions):
@@ -411,7 +475,6 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.last_step = None
 
     @property
     def device(self):
@@ -436,178 +499,173 @@ class Transformer(nn.Module):
         """An empty Cache for so many sequences of at most `capacity` tokens."""
         return Cache(self.config, batch_size, capacity, self.device, self.dtype)
 
+    @torch.no_grad()
     def decode(self, tokens, cache):
+        """One decode step: tokens [B] int64 -> logits [B, V]; the cache advances by one token."""
         onednn = torch.backends.mkldnn.enabled
-        torch.backends.mkldnn.enabled = onednn and len(tokens) > 1
+        if len(tokens) == 1:  # for one row in bfloat16 torch's own CPU product is faster
+            torch.backends.mkldnn.enabled = False
         try:
-            return self.logits(self.model(tokens[:, None], cache)[:, -1])
+            hidden_states = self.model(tokens[:, None], cache)  # [B, 1, D]
+            return self.logits(hidden_states[:, 0])
         finally:
             torch.backends.mkldnn.enabled = onednn
-
-    def new_step(self, batch_size, capacity):
-        """A Step with an empty cache. On CUDA the last one, with its graphs, if it fits."""
-        if self.device.type != "cuda":
-            return Step(self, self.new_cache(batch_size, capacity))
-        last = self.last_step
-        if last and len(last.tokens) == batch_size and last.cache.capacity >= capacity:
-            last.cache.set_lengths(torch.zeros_like(last.cache.lengths))
-            return last
-        self.last_step = None  # its memory is free before the next one needs it
-        capacity = min(1024 * math.ceil(capacity / 1024), self.config.max_position_embeddings)
-        self.last_step = Step(self, self.new_cache(batch_size, capacity))
-        return self.last_step
 
     @classmethod
     def from_pretrained(cls, path_or_repo_id, device="cpu", dtype=None):
         """Load a folder in the official layout, or a hub repo id.
 
-        dtype None keeps the checkpoint's own. Raises ValueError or OSError in one line that names
-        the file and the tensor at fault.
+        dtype None keeps the one that config.json names. A head that is stored beside a tied
+        embedding and differs from it is used, as in transformers. Raises ValueError or OSError in
+        one line that says which file or tensor is at fault and what to do.
         """
         folder = resolve(path_or_repo_id)
         config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
+        weights = read_weights(folder, device, dtype or config.dtype)
+        if config.tie_word_embeddings and HEAD in weights:
+            head = weights.pop(HEAD)
+            weights.setdefault(EMBEDDING, head)  # some converters store the head alone
+            if not torch.equal(head, weights[EMBEDDING]):  # what is stored counts
+                weights[HEAD] = head
+                config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)
-        load_weights(folder, model, device, dtype or config.dtype)
+        found = {name: list(tensor.shape) for name, tensor in weights.items()}
+        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        for name in found | expected:
+            if found.get(name) != expected.get(name):
+                raise ValueError(f"{folder}: {name} is {found.get(name, 'missing')} in the files, "
+                                 f"but {expected.get(name, 'unknown')} by config.json; is a file "
+                                 "missing, or from another model?")
+        model.load_state_dict(weights, assign=True)
         return model.requires_grad_(False).eval()
-
-
-class Step:
-    """One decode step: step(tokens [B] int64) -> logits [B, V]; the cache advances by one token.
-
-    On CUDA it is captured as a graph, once for each number of keys, and replayed: the host issues
-    one launch and waits for nothing. The next step overwrites the logits.
-    """
-
-    def __init__(self, model, cache):
-        self.model, self.cache = model, cache
-        self.tokens = torch.zeros_like(cache.lengths)[:, None]
-        self.graphs = {}    # number of keys: (graph, its logits)
-        self.identity = []  # addresses and shapes of what the graphs read, and the modules
-
-    def __call__(self, tokens):
-        self.tokens[:, 0] = tokens
-        if not self.tokens.is_cuda:
-            return self.run()
-        num_keys = self.num_keys()
-        if num_keys not in self.graphs:
-            self.graphs[num_keys] = self.capture(num_keys)
-        graph, logits = self.graphs[num_keys]
-        graph.replay()
-        self.cache.max_length += 1  # the graph has advanced cache.lengths
-        return logits
-
-    def check_graphs(self):
-        """Drop the graphs if the model has other tensors or modules than they were captured with.
-
-        To be called whenever that may have changed.
-        """
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        now = [(t.data_ptr(), t.shape) for t in tensors] + list(self.model.modules())
-        if now != self.identity:
-            self.graphs, self.identity = {}, now
-            self.captured = [t.detach() for t in tensors]  # held, so that no address is used again
-
-    def reorder(self, rows):
-        """A Step that continues with these rows [n] int64; a row may occur several times."""
-        self.model.last_step = None  # its graphs are of the old rows
-        self.cache.reorder(rows)
-        return Step(self.model, self.cache)
-
-    def num_keys(self):
-        """How many positions to read: the next multiple of 256, or later of an eighth of them."""
-        end = self.cache.max_length + 1
-        unit = max(256, (1 << end.bit_length()) // 16)
-        return min(-(-end // unit) * unit, self.cache.capacity)
-
-    @torch.no_grad()
-    def run(self, num_keys=None):
-        """The step itself. With num_keys it reads so many positions, whatever the rows hold."""
-        onednn = torch.backends.mkldnn.enabled
-        # For one row in bfloat16 torch's own CPU product is faster.
-        torch.backends.mkldnn.enabled = onednn and len(self.tokens) > 1
-        self.cache.num_keys = num_keys
-        try:
-            hidden_states = self.model.model(self.tokens, self.cache)
-            return self.model.logits(hidden_states[:, -1])
-        finally:
-            self.cache.num_keys, torch.backends.mkldnn.enabled = None, onednn
-
-    def capture(self, num_keys):
-        """(CUDA graph of run(num_keys), its logits)."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # once for real: what libraries set up is no part of a graph
-            self.run(num_keys)
-            self.cache.advance(-1)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self.run(num_keys)
-        self.cache.max_length -= 1  # nothing has run yet
-        return graph, logits
 
 
 # ---- files
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+REPO_FILES = ["*config.json", "model*.safetensors", INDEX, "tokenizer.json", "special_tokens*",
+              "*.jinja"]  # what is fetched from the hub
+GGUF = "is a GGUF file, which is not read: give the model that it was made from"
+PICKLE = "is a pickle, which is not read: load it in transformers and save it by save_pretrained()"
+OTHER_LAYOUTS = {  # files of models that are not read, and what to say of them
+    "adapter_config.json": "is of a PEFT adapter: in PEFT call merge_and_unload(), then "
+                           "save_pretrained(), and give the folder that this writes",
+    "*.gguf": GGUF, "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
+}
+
+
+def refuse_pointer(file):
+    """ValueError if the file is the note that Git LFS puts in place of a file not fetched yet."""
+    with open(file, "rb") as opened:
+        if opened.read(20) == b"version https://git-":
+            raise ValueError(f"{file} is only a Git LFS pointer: run `git lfs pull` in its folder, "
+                             "or fetch the file again")
+
+
 def read_json(file):
-    """What a JSON file holds; FileNotFoundError or ValueError in one line that names it."""
+    """What a JSON file holds; OSError or ValueError in one line that names it."""
+    refuse_pointer(file)
     try:
-        return json.loads(Path(file).read_text(encoding="utf-8"))
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8; save it so or fetch it again") from None
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+        raise ValueError(f"{file} is not valid JSON ({error}); correct or fetch it again") from None
 
 
 def resolve(name):
-    """The local folder of a path, or of a hub repo id owner/name (a str) that is no folder here.
+    """The local folder of a model, given its path or, if there is no such folder, its hub repo id.
 
-    Only config, safetensors and tokenizer files are fetched, into the hub's cache, which also
-    serves offline. Raises OSError in one line that says what to do.
+    A repo id is a str owner/name. Raises OSError in one line that says what to do, also for a
+    folder that does not hold a model in the official layout.
     """
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"{folder} is not a folder, and no hub repo id owner/name either")
+    if not folder.is_dir():
+        if folder.suffix.lower() == ".gguf":
+            raise OSError(f"{folder} {GGUF}")
+        folder = fetch(name)
+    has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
+    for pattern, words in OTHER_LAYOUTS.items():
+        for file in folder.glob(pattern):
+            if pattern == "adapter_config.json" or not has_weights:
+                raise OSError(f"{file} {words}")
+    if not has_weights or not (folder / "config.json").exists():
+        missing = "config.json" if has_weights else "model*.safetensors"
+        raise FileNotFoundError(f"{folder / missing} is not there: a folder must hold both the "
+                                "config.json and the safetensors of a model")
+    return folder
+
+
+def fetch(repo_id):
+    """The folder of the hub's cache that holds REPO_FILES of a repo; the cache serves offline too.
+
+    Raises OSError in one line that says what to do.
+    """
+    if not isinstance(repo_id, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
+        raise FileNotFoundError(f"{repo_id} is not a folder, and no hub repo id owner/name either")
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=REPO_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=REPO_FILES))
     except Exception as error:  # proxies, certificates, gates: several libraries' errors
         first_line = (str(error) or repr(error)).splitlines()[0]
-        raise OSError(f"{name} is no folder here, and the hub did not give it: {first_line} "
+        raise OSError(f"{repo_id} is no folder here, and the hub did not give it: {first_line} "
                       "(check spelling and network; a gated repo needs `hf auth login`)") from None
 
 
-def load_weights(folder, model, device, dtype):
-    """Load the model*.safetensors files in `folder` into `model`, in place of its parameters.
+def weight_files(folder):
+    """The safetensors files that together hold the weights of a model.
 
-    Names and shapes must all match. Each tensor goes straight to its device and dtype. One that is
-    on the CPU and has the dtype stays a private, copy-on-write view of the file. Raises ValueError
-    or OSError naming the file and the tensor.
+    If there is an index, they are those that it names, whatever they are called. Else it is
+    model.safetensors. Else they are all model*.safetensors, which must be shards of one set. Raises
+    ValueError in one line.
     """
-    from safetensors import SafetensorError, safe_open
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} has no model*.safetensors; no other weights are read")
-    expected, state = model.state_dict(), {}
-    for file in files:
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.exists():
         try:
-            names = safe_open(file, framework="pt").keys()
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}); fetch it again") from None
-        for name in names:
-            if name not in expected:
-                if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                    continue  # a tied head, a table: some converters store them though they follow
-                raise ValueError(f"{file}: unexpected tensor {name}")
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index} has no weight_map of tensors to files; fetch it "
+                             "again") from None
+    if single.exists():
+        return [single]
+    files = sorted(folder.glob("model*.safetensors"))
+    if len({re.sub(r"-\d+-of-", "-of-", file.name) for file in files}) > 1:
+        raise ValueError(f"{folder} needs {INDEX} to say which of its files belong together: "
+                         f"{', '.join(file.name for file in files)}")
+    return files
+
+
+def open_weights(file):
+    """The open safetensors file; ValueError or OSError in one line if it is none."""
+    from safetensors import SafetensorError, safe_open
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there, but {INDEX} names it; fetch it again")
+    refuse_pointer(file)
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off, or no safetensors file ({error}); fetch it "
+                         "again") from None
+
+
+def read_weights(folder, device, dtype):
+    """{name: tensor} of all weights in a folder; each goes straight to its device and dtype.
+
+    One that is on the CPU and has the dtype stays a private, copy-on-write view of the file.
+    Raises ValueError on a tensor that does not hold floats, or that two files hold.
+    """
+    weights = {}
+    for file in weight_files(folder):
+        for name in open_weights(file).keys():
             # Opened anew for each tensor: closing frees the pages, so no cast stands beside a file.
-            tensor = safe_open(file, framework="pt").get_tensor(name)
-            shape = expected[name].shape
-            if tensor.shape != shape or tensor.dtype not in DTYPES.values():
-                raise ValueError(f"{file}: {name} is {tensor.dtype} {list(tensor.shape)}, "
-                                 f"but must be floats {list(shape)}")
-            state[name] = tensor.to(device).to(dtype)  # the device casts faster
-    lost = [name for name in expected if name not in state]
-    if lost:
-        raise ValueError(f"{folder} lacks {len(lost)} tensors, {lost[0]} first; is a file missing?")
-    model.load_state_dict(state, assign=True)
+            tensor = open_weights(file).get_tensor(name)
+            if tensor.dtype not in DTYPES.values():
+                raise ValueError(f"{file}: {name} is {tensor.dtype}, but only weights in "
+                                 f"{', '.join(DTYPES)} are read")
+            if name in weights:
+                raise ValueError(f"{file}: {name} is in another file as well; remove one of them")
+            if not name.endswith("rotary_emb.inv_freq"):  # a table that old converters store
+                weights[name] = tensor.to(device).to(dtype)  # the device casts faster
+    return weights

@@ -85,9 +85,10 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     """
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     lengths = check_lengths(model, tokens, prompt_lengths)
+    context = model.config.max_position_embeddings
     cache, logits = prefill(model, tokens, max_new_tokens, lengths, samples)
     lengths = lengths.repeat_interleave(samples)
-    stops = torch.tensor(stop_ids, dtype=torch.long, device=tokens.device)
+    stops = torch.tensor(list(stop_ids), dtype=torch.long, device=tokens.device)
     output = torch.zeros_like(lengths)                   # [B * samples], the newest token of each
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(lengths), device=tokens.device)  # those that are still decoded
@@ -97,7 +98,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
         output[rows] = torch.where(finished[rows], output[rows], token)
         yield output.clone()
         finished |= torch.isin(output, stops)
-        context_is_full = ~finished & (lengths + count >= model.config.max_position_embeddings)
+        context_is_full = ~finished & (lengths + count >= context)
         output[context_is_full] = -1
         finished |= context_is_full
         if count == max_new_tokens or finished.all():
@@ -119,22 +120,22 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
 
 def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1):
     """ValueError, in one line, for settings out of range."""
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature} must be at least 0, top_p {top_p} in (0, 1]")
+    if not (temperature == 0 or 1e-6 <= temperature < math.inf):
+        raise ValueError(f"temperature {temperature} must be 0, for the best token, or above 1e-6")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must lie in (0, 1]")
     if max_new_tokens < 1 or samples < 1 or (reselect is not None and reselect < 1):
         raise ValueError("max_new_tokens, samples and reselect must be at least 1")
 
 
 def check_lengths(model, tokens, prompt_lengths=None):
-    """The lengths [B] of the prompts in tokens [B, S]; ValueError if one cannot be continued."""
-    limit = model.config.max_position_embeddings
+    """The lengths [B] of the prompts in tokens [B, S]; ValueError if one fills the context."""
     if prompt_lengths is None:
         prompt_lengths = [tokens.shape[1]] * len(tokens)
-    lengths = torch.as_tensor(prompt_lengths, device=tokens.device)
-    if lengths.shape != (len(tokens),) or lengths.min() < 1 or lengths.max() > tokens.shape[1]:
-        raise ValueError(f"prompt_lengths must be {len(tokens)} numbers in 1..{tokens.shape[1]}")
-    if lengths.max() >= limit:
-        raise ValueError(f"{lengths.max()} prompt tokens; the context holds 1 to {limit - 1}")
+    lengths = caprese.check_lengths(tokens, prompt_lengths)
+    most = model.config.max_position_embeddings - 1
+    if lengths.max() > most:
+        raise ValueError(f"{lengths.max()} prompt tokens; the context holds 1 to {most}")
     return lengths
 
 
@@ -199,8 +200,8 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
     """Yield (index, response, number of tokens) for each question of a list.
 
     They are decoded in batches of similar prompt lengths, so the indices come in another order. A
-    question that fills the context is named on stderr and gets an empty response. settings are
-    those of stream().
+    question that fills the context is named on stderr and gets an empty response. A `<think>` with
+    which the prompt ends begins the response. settings are those of stream().
     """
     if isinstance(questions, str):
         raise ValueError("questions must be a list of questions, not one text")
@@ -220,7 +221,8 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
                        prompt_lengths=lengths, **settings)
         for i, ids in zip(batch, new.tolist()):
             ids = answer_ids(ids, tokenizer)
-            yield i, tokenizer.decode(ids), len(ids)
+            thinks = tokenizer.prompt(questions[i]).rstrip().endswith("<think>")
+            yield i, thinks * "<think>" + tokenizer.decode(ids), len(ids)
 
 
 def answer_ids(ids, tokenizer):
@@ -233,6 +235,8 @@ def evaluate(model, tokenizer, problems, grade=data.correct, **settings):
 
     grade(response, answer) says whether a response is right; settings are those of respond().
     """
+    if not problems:
+        raise ValueError("there are no problems to evaluate")
     questions = [data.ask(problem) for problem in problems]
     right = 0
     responses = respond(model, tokenizer, questions, **settings)

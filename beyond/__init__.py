@@ -1,1 +1,1 @@
-"""What the paper has not: one file each, run as python -m beyond.NAME"""
+"""What the paper has not: one file each, run as python -m beyond.NAME."""

@@ -2,13 +2,14 @@
 
 Next-token training on the responses, one stop id at the end of each. `#### N` becomes \\boxed{N}
 and the question asks for the box, as the evaluation of a --model does. The weights are bfloat16
-where the processor computes in it, beside a float32 copy that AdamW changes. An interrupted run
-continues with --resume where it last wrote its state.
+where the processor computes in it, beside a float32 copy that AdamW changes. The same command goes
+on from where an interrupted run last wrote its state.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import caprese  # noqa: E402
 import data  # noqa: E402
 import distill  # noqa: E402
 import sample  # noqa: E402
@@ -64,7 +66,7 @@ def backward(model, samples, indices, num_tokens):
     return loss.item()
 
 
-def train(model, samples, args, progress):
+def train(model, samples, args, checkpoint):
     """AdamW with warm-up and a linear decay to zero; one line of the loss curve every 20 steps."""
     weights = dict(model.named_parameters())
     master = {name: p.detach().float().clone() for name, p in weights.items()}
@@ -74,25 +76,29 @@ def train(model, samples, args, progress):
     for epoch in range(args.epochs):
         schedule += data.batch_indices(samples, args.batch_size, seed=args.seed + epoch)
     losses, total = [], len(schedule)
-    for step in progress.steps("fine-tuning", total, state, args.save_every):
-        if step == progress.first:  # what has been resumed is in the master copy
-            copy_weights(master, weights)
+    first = checkpoint.restore("fine-tuning", state)
+    copy_weights(master, weights)
+    bar = sample.progress(range(first, total), "fine-tuning", total, initial=first)
+    for step in bar:
         indices = schedule[step]
         num_tokens = sum(len(samples[i][1]) for i in indices)
-        with torch.enable_grad():
-            losses.append(sum(backward(model, samples, indices[i:i + args.micro_batch], num_tokens)
-                              for i in range(0, len(indices), args.micro_batch)))
+        losses.append(sum(backward(model, samples, indices[i:i + args.micro_batch], num_tokens)
+                          for i in range(0, len(indices), args.micro_batch)))
         for name, p in weights.items():
             master[name].grad, p.grad = p.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(master.values(), 1.0)
+        if not (math.isfinite(losses[-1]) and norm.isfinite()):
+            raise distill.overflow(model.dtype)
         optimizer.param_groups[0]["lr"] = args.lr * min(
             (step + 1) / (WARM_UP * total), (total - step) / total)
         optimizer.step()
         copy_weights(master, weights)
-        progress.bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
         if (step + 1) % 20 == 0:
             print(f"step {step + 1}: loss {sum(losses) / len(losses):.4f}", flush=True)
             losses = []
+        if (step + 1) % args.save_every == 0 or step + 1 == total:
+            checkpoint.save("fine-tuning", step + 1, state)
 
 
 @torch.no_grad()
@@ -128,21 +134,30 @@ def main():
     add("--micro-batch", type=sample.positive, default=8, help="default: %(default)s")
     add("--max-tokens", type=int, default=512, help="drop longer samples (default: %(default)s)")
     add("--save-every", type=sample.positive, default=50, help="steps (default: %(default)s)")
-    add("--resume", action="store_true", help="continue an interrupted run")
+    add("--resume", action="store_true", help="only go on, if an interrupted run left a state")
+    add("--fresh", action="store_true", help="start anew where an interrupted run left one")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = {key: str(value) for key, value in vars(args).items()
-                if key not in ("device", "resume", "save_every")}
-    progress = distill.Progress(f"{args.out}.state", settings, args.resume)
+    source = resolve(args.model or sample.BUNDLED)
+    sample.check_output(args.out, [source, *args.data, *args.exclude])
     model, tokenizer = sample.load(args)
     samples = read_samples(args, tokenizer)
-    print(f"Fine-tuning {args.model} ({model.dtype}) on {args.device}: {len(samples)} samples, "
+    checkpoint = distill.open_checkpoint(args, settings_of(args, model, samples), sys.stdout)
+    print(f"Fine-tuning {source} ({model.dtype}) on {args.device}: {len(samples)} samples, "
           f"{args.epochs} epochs in batches of {args.batch_size}.", flush=True)
     model.requires_grad_(True)
-    train(model, samples, args, progress)
-    checksum = save(model, resolve(args.model), args.out)
-    os.unlink(progress.file)
+    train(model, samples, args, checkpoint)
+    checksum = save(model, source, args.out)
+    checkpoint.file.unlink()
     print(json.dumps({"folder": str(args.out), "sha256": checksum}))
+
+
+def settings_of(args, model, samples):
+    """What a run depends on, {name: value}, for its Checkpoint: flags, contents of data, model."""
+    flags = ("dtype", "seed", "epochs", "lr", "batch_size", "micro_batch")
+    settings = {flag: getattr(args, flag) for flag in flags}
+    settings["training samples"] = hashlib.sha256(repr(samples).encode()).hexdigest()[:16]
+    return settings | {"model": caprese.fingerprint(model)}
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@ seen. The errors are |e| / |FF(x)|, means over all layers, which are all sparse.
 import math
 import statistics
 
-from paper import common
-
 import torch
-from tqdm import tqdm
 
 import caprese
 import data
 import distill
+import sample
+from paper import common
+from paper.oracle import OracleFF
 
-NEEDS = ("samples",)
-METHODS = {"oracle top-k": "topk", "GRIFFIN": "griffin", "CATS": "cats"}
+METHODS = {"oracle top-k": OracleFF, "GRIFFIN": "griffin", "CATS": "cats"}
 DENSITIES = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -29,20 +28,19 @@ def moments(model, samples):
 
     A = sum x^T x, C = sum x^T e and E = sum e^T e are [D, D]; energy = sum |FF(x)|^2.
     """
-    sums = {ff: 0 for ff in caprese.sparse_layers(model).values()}
+    layers = caprese.sparse_layers(model)
+    sums = {ff: [*distill.new_moments(ff), *distill.new_moments(ff)] for ff in layers.values()}
+    energies = dict.fromkeys(sums, 0.0)
 
-    def consume(ff, x, residual, output):
-        x, e, output = x.float(), residual.float(), output.float()
-        new = (x.T @ x, x.T @ e, e.T @ e, output.square().sum())
-        if sums[ff] == 0:
-            sums[ff] = [torch.zeros_like(total, dtype=torch.float64) for total in new]
-        for total, addend in zip(sums[ff], new):
-            total += addend
+    def visit(ff, x, e):
+        A, C, E, _ = sums[ff]
+        distill.add_moments(A, C, x, e)
+        distill.add_moments(E, torch.zeros_like(E), e, e)
+        energies[ff] += ff.down_proj(ff.neurons(x)[1]).double().square().sum()
 
-    for batch in data.batches(samples, batch_size=16, device=model.device):
-        for found in distill.stream_residuals(model, batch):
-            consume(*found)
-    return {i: sums[ff] for i, ff in caprese.sparse_layers(model).items()}
+    for batch in data.batches(samples, 16, model.device):
+        distill.visit_residuals(model, batch, visit)
+    return {i: (*sums[ff][:3], energies[ff]) for i, ff in layers.items()}
 
 
 def best_rank_energy(E):
@@ -71,38 +69,39 @@ def errors(seen, unseen, ranks):
     return {key: math.sqrt(max(0.0, value / energy)) for key, value in remaining.items()}
 
 
-def measure(experiment):
+def main(argv=None):
     """A row for each method and density."""
-    D, rank = experiment.model.config.hidden_size, experiment.rank
-    ranks = sorted({max(1, rank // 2), rank, min(2 * rank, D)})
-    samples = experiment.samples if experiment.args.full else experiment.samples[::3]
+    args = common.arguments("paper.figure2_residual", __doc__, argv)
+    experiment = common.Experiment(args, problems=False, samples=True)
+    samples = experiment.samples if args.full else experiment.samples[::3]
     unseen = samples[::5]
-    seen = [sample for i, sample in enumerate(samples) if i % 5]
-    rows = []
+    seen = [one for i, one in enumerate(samples) if i % 5]
+    ranks, rows = common.three_ranks(args, experiment.model), []
     for name, method in METHODS.items():
-        for density in tqdm(DENSITIES, desc=name, leave=False, disable=None):
-            layers = range(len(experiment.model.model.layers))
-            model = caprese.attach(experiment.model, method, density, layers)
+        for density in sample.progress(DENSITIES, name, len(DENSITIES)):
+            model = caprese.attach(experiment.model, method, density, "all")
             on_seen, on_unseen = moments(model, seen), moments(model, unseen)
-            found = [errors(on_seen[i], on_unseen[i], ranks) for i in layers]
-            means = {key: statistics.fmean(layer[key] for layer in found) for key in found[0]}
+            layers = [errors(on_seen[i], on_unseen[i], ranks) for i in on_seen]
+            means = {key: statistics.fmean(layer[key] for layer in layers) for key in layers[0]}
             rows.append({"method": name, "density": density} | means)
-    return rows
+    return common.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
     """A panel for each method: error against density, alone, with the best rank r, with L R."""
-    for axes, name in zip(figure.subplots(1, len(METHODS)), METHODS):
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, methods):
         chosen = [row for row in rows if row["method"] == name]
-        color = common.color(name if name == "oracle top-k" else f"{name} + E2E")
-        for kind, linestyle in (("alone", "-"), ("best rank", ":"), ("L R rank", "-.")):
+        for kind, color, linestyle in (("alone", "black", "-"), ("best rank", "#4292c6", ":"),
+                                       ("L R rank", "#a63603", "-.")):
             columns = [column for column in rows[0] if column.startswith(kind)]
-            for column, shade in zip(columns, (0.4, 0.7, 1.0)[-len(columns):]):
-                common.draw_line(axes, chosen, "density", column, column, alpha=shade,
-                                 linestyle=linestyle, color=color)
+            for column, alpha in zip(columns, (0.4, 0.7, 1.0)[-len(columns):]):
+                common.draw_line(axes, chosen, "density", column, column, color, alpha=alpha,
+                                 linestyle=linestyle)
         axes.set(title=name, xlabel="density, kept / all", ylim=(0, None))
-    figure.axes[0].set_ylabel("relative error of the FF output")
+    panels[0].set_ylabel("relative error of the FF output")
 
 
 if __name__ == "__main__":
-    common.main("figure2_residual")
+    sample.run_command(main)

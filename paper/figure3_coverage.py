@@ -8,14 +8,11 @@ that Caprese reaches the full model's coverage at the same or less compute.
 import math
 import statistics
 
+import bench
+import sample
 from paper import common
+from paper.scores import standard_error
 
-import caprese
-from paper.experiment import BOTH_STAGES, Variant
-
-NEEDS = ("graded",)
-QUICK = {"limit": 30, "runs": 20, "temperature": 0.6}
-FULL = {"limit": 140, "runs": 100, "temperature": 0.6}
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # K
 
 
@@ -27,35 +24,38 @@ def pass_at_k(n, right, k):
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
-def measure(experiment):
-    """A row for each variant and each K; the deviation is that of the mean over the problems."""
-    rows, runs = [], experiment.args.runs
+def main(argv=None):
+    """A row for each variant and each K; the error is that of the mean over the problems."""
+    args = common.arguments("paper.figure3_coverage", __doc__, argv,
+                            limit=(30, 140), runs=(20, 100), temperature=(0.6, 0.6))
+    experiment = common.Experiment(args)
     name, problems = experiment.graded()
-    full = caprese.active_parameters(experiment.prepare(Variant("full")))
-    for variant in experiment.variants(("griffin", "cats"), stages=(BOTH_STAGES,)):
+    full = bench.active_parameters(experiment.prepare(common.Variant("full")))
+    rows = []
+    for variant in common.variants(args, ("griffin", "cats"), last="E2E"):
         right = [0] * len(problems)
         for answer in experiment.answers(variant, name, problems):
             right[answer["problem"]] += int(answer["accuracy"])
-        active = caprese.active_parameters(experiment.prepare(variant)) / full
-        for k in SIZES:
-            if k <= runs:
-                covered = [100 * pass_at_k(runs, count, k) for count in right]
-                rows.append({"method": variant.name, "K": k, "compute": k * active,
-                             "coverage %": statistics.fmean(covered),
-                             "coverage ±": statistics.pstdev(covered) / math.sqrt(len(covered))})
-    return rows
+        active = bench.active_parameters(experiment.prepare(variant)) / full
+        for k in [k for k in SIZES if k <= args.runs]:
+            covered = [pass_at_k(args.runs, count, k) for count in right]
+            rows.append({"method": variant.name, "set": name, "K": k, "compute": k * active,
+                         "coverage %": 100 * statistics.fmean(covered),
+                         "coverage ±": 100 * standard_error(covered)})
+    return common.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
     """Coverage against relative compute: a line for each variant."""
     axes = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method, color in common.colors(rows).items():
         chosen = [row for row in rows if row["method"] == method]
-        common.draw_line(axes, chosen, "compute", "coverage %", method)
+        common.draw_line(axes, chosen, "compute", "coverage %", method, color,
+                         linestyle="--" if method == "full" else "-")
     sizes = sorted({row["K"] for row in rows})
     axes.set(xlabel="K times the active fraction of the parameters", xscale="log",
              ylabel="coverage, % of problems", xticks=sizes, xticklabels=sizes)
 
 
 if __name__ == "__main__":
-    common.main("figure3_coverage")
+    sample.run_command(main)

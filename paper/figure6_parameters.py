@@ -5,50 +5,48 @@ Both follow from the shapes alone. Its two numbers are those of L and R in all l
 GRIFFIN has them in the first half of the layers alone.
 """
 
-from paper import common
-
 import torch
 
 import bench
 import caprese
-import distill
+import sample
 from model import Config, Transformer
-
-NEEDS = ()
+from paper import common
 
 PAPER = {"r = 256": [{"models": "theirs", "percent of all": "0.8 to 1.3",
                       "percent of the FF": "1.2 to 2"}]}
 
 
-def measure(experiment):
+
+def main(argv=None):
     """A row for each model of the paper, made without memory for its weights."""
-    rank = experiment.args.rank or distill.PAPER["rank"]
+    args = common.arguments("paper.figure6_parameters", __doc__, argv, rank=(256, 256))
     rows = []
     for name, config in bench.SHAPES.items():
         with torch.device("meta"):
             model = Transformer(Config.from_dict(config))
         total = sum(p.numel() for p in model.parameters())
         ff = sum(p.numel() for layer in model.model.layers for p in layer.mlp.parameters())
-        half = 100 * caprese.added_parameters(caprese.attach(model, "griffin", rank=rank))
-        everywhere = 100 * caprese.added_parameters(caprese.attach(model, "cats", rank=rank))
-        rows.append({"model": name, "parameters (M)": total / 1e6, "rank": rank,
-                     "first half %": half, "all layers %": everywhere,
+        half = 100 * caprese.added_parameters(caprese.attach(model, "griffin", rank=args.rank))
+        everywhere = 100 * caprese.added_parameters(caprese.attach(model, "cats", rank=args.rank))
+        rows.append({"model": name, "parameters (M)": total / 1e6, "D": config["hidden_size"],
+                     "rank": args.rank, "first half %": half, "all layers %": everywhere,
                      "all layers, % of the FF": everywhere * total / ff})
-    return rows
+    return common.show(args, rows, draw, PAPER, title=f"r = {args.rank}")
 
 
 def draw(figure, rows):
     """Two bars for each model; grey is the range that the paper states."""
     axes = figure.subplots()
-    names = [row["model"] for row in rows]
+    names = [f"{row['model']}, D = {row['D']}" for row in rows]
     axes.axvspan(0.8, 1.3, color="#dddddd", label="the paper, r = 256")
-    axes.barh(names, [row["all layers %"] for row in rows], color=common.color("CATS + E2E"),
+    axes.barh(names, [row["all layers %"] for row in rows], color="#a63603",
               label="L R in all layers (CATS)")
-    axes.barh(names, [row["first half %"] for row in rows], height=0.4,
-              color=common.color("GRIFFIN + E2E"), label="in the first half (GRIFFIN)")
+    axes.barh(names, [row["first half %"] for row in rows], height=0.4, color="#08519c",
+              label="in the first half (GRIFFIN)")
     axes.invert_yaxis()
-    axes.set(xlabel=f"added parameters, % of the model's, r = {rows[0]['rank']}")
+    axes.set(xlabel="added parameters, % of the model's")
 
 
 if __name__ == "__main__":
-    common.main("figure6_parameters")
+    sample.run_command(main)

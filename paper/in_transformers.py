@@ -1,25 +1,20 @@
 """Ours: the same answers, and the time of a token, in a model of transformers.
 
 caprese.attach works on the causal models of Hugging Face transformers as on our own: their
-generate() decodes, and hooks tell prompt from decoding. Here both have the very same weights in
-memory and answer the same problems, greedily, each problem alone.
+generate() decodes, and hooks tell prompt from decoding (beyond/in_transformers.py). Here both have
+the very same weights in memory and answer the same problems, greedily, each problem alone.
 """
 
-import time
-
-from paper import common
+import importlib.util
+import statistics
 
 import torch
 
-import bench
 import caprese
-import data
 import sample
 from model import read_json, resolve
-
-NEEDS = ("graded", "transformers")
-QUICK = {"limit": 40}
-FULL = {"limit": 200}
+from paper import common
+from paper.scores import correct, ratio, standard_error
 
 
 def attach_the_same(peer, model):
@@ -28,62 +23,64 @@ def attach_the_same(peer, model):
     layers = caprese.sparse_layers(model)
     if layers:
         ff = next(iter(layers.values()))
-        caprese.attach(peer, ff.method, ff.density, list(layers))
+        caprese.attach(peer, type(ff), ff.density, list(layers))
     for i, ff in caprese.sparse_layers(peer).items():
-        ff.set_adapter(layers[i].L, layers[i].R)
+        ff.set_adapter(**layers[i].adapter_parameters())
 
 
-def answer(model, prompt, experiment):
-    """New token ids of a greedy answer to a prompt [1, S], by our loop or by transformers'."""
-    limit, stop_ids = experiment.args.max_new_tokens, experiment.tokenizer.stop_ids
-    if model is experiment.model:
-        return sample.generate(model, prompt, limit, stop_ids=stop_ids)[0].tolist()
-    tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                            max_new_tokens=limit, eos_token_id=list(stop_ids), pad_token_id=0)
-    return tokens[0, prompt.shape[1]:].tolist()
-
-
-def answer_all(model, problems, experiment, prefix):
-    """(the token ids of all answers, columns: their accuracy and ms per token)."""
-    answers, right, start = [], 0, time.perf_counter()
-    for problem in problems:
-        ids = experiment.tokenizer.prompt_ids(data.ask(problem))
-        answers.append(answer(model, torch.tensor([ids], device=model.device), experiment))
-        right += data.correct(experiment.tokenizer.decode(answers[-1]), problem.answer)
-    seconds = time.perf_counter() - start
-    return answers, {f"{prefix}accuracy %": 100 * right / len(problems),
-                     f"{prefix}ms per token": 1e3 * seconds / sum(map(len, answers))}
-
-
-def measure(experiment):
+def main(argv=None):
     """A row for each variant: right answers and ms per token, of our loop and of transformers'."""
-    folder, rows = resolve(experiment.args.model or sample.BUNDLED), []
-    peer = bench.make_peer(experiment.model, read_json(folder / "config.json"))
-    _, problems = experiment.graded()
-    for variant in experiment.variants(("griffin",)):
-        model = experiment.prepare(variant)
-        attach_the_same(peer, model)
-        ours, columns = answer_all(model, problems, experiment, "")
-        theirs, their_columns = answer_all(peer, problems, experiment, "transformers ")
-        equal = sum(one == other for one, other in zip(ours, theirs))
-        rows.append({"method": variant.name, **columns, **their_columns,
-                     "equal answers %": 100 * equal / len(problems)})
-    return rows
+    args = common.arguments("paper.in_transformers", __doc__, argv, limit=(40, 200))
+    if not importlib.util.find_spec("transformers"):
+        raise common.CannotRun("this needs transformers: pip install transformers")
+    try:
+        from beyond import in_transformers, peers
+    except ImportError as error:
+        raise common.CannotRun(f"this measures beyond/in_transformers.py ({error})") from None
+    experiment = common.Experiment(args)
+    stop_ids, limit = experiment.tokenizer.stop_ids, args.max_new_tokens
+    folder = resolve(args.model or sample.BUNDLED)
+    peer = peers.make_peer(experiment.model, read_json(folder / "config.json"))
+    name, problems = experiment.graded()
+
+    def ours(prompt):
+        return sample.generate(experiment.model, prompt, limit, stop_ids=stop_ids)
+
+    def theirs(prompt):
+        tokens = peer.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
+                               max_new_tokens=limit, eos_token_id=list(stop_ids), pad_token_id=0)
+        return tokens[:, prompt.shape[1]:]
+
+    rows = []
+    for variant in common.variants(args, ("griffin",)):
+        attach_the_same(peer, experiment.prepare(variant))
+        row, answers = {"method": variant.name, "set": name}, []
+        for prefix, generate in (("", ours), ("transformers ", theirs)):
+            found, texts, seconds = experiment.answer_alone(problems, generate)
+            answers.append(found)
+            right = [float(correct(text, p.answer)) for text, p in zip(texts, problems)]
+            ms, error = ratio([1e3 * s for s in seconds], [len(ids) for ids in found])
+            row |= {f"{prefix}accuracy %": 100 * statistics.fmean(right),
+                    f"{prefix}accuracy ±": 100 * standard_error(right),
+                    f"{prefix}ms per token": ms, f"{prefix}ms per token ±": error}
+        equal = sum(one == other for one, other in zip(*answers))
+        rows.append(row | {"equal answers %": 100 * equal / len(problems)})
+    return common.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
-    """Right answers: a pair of bars for each variant, ours and transformers'."""
-    axes = figure.subplots()
-    names = [row["method"] for row in rows]
-    positions = range(len(rows))
-    axes.barh([p - 0.2 for p in positions], [row["accuracy %"] for row in rows], 0.4,
-              label="sample.generate")
-    axes.barh([p + 0.2 for p in positions], [row["transformers accuracy %"] for row in rows], 0.4,
-              label="generate() of transformers")
-    axes.set_yticks(list(positions), names)
-    axes.invert_yaxis()
-    axes.set_xlabel("right answers, %")
+    """Right answers, and the time of a token: a pair of bars for each variant."""
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, column in zip(panels, ("accuracy %", "ms per token")):
+        for prefix, label, shift in (("", "sample.generate", -0.2),
+                                     ("transformers ", "generate() of transformers", 0.2)):
+            values = [row[prefix + column] for row in rows]
+            axes.barh([i + shift for i in range(len(rows))], values, 0.4, label=label, capsize=2,
+                      xerr=common.errors(rows, prefix + column))
+        axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axes.set_xlabel(column)
+    panels[0].invert_yaxis()
 
 
 if __name__ == "__main__":
-    common.main("in_transformers")
+    sample.run_command(main)

@@ -4,18 +4,11 @@ The matrices of the sparse FF become Wg + A B, W1 + A B, W2 + A B, with as many 
 as L and R have. It cannot fuse as equations (9) and (10) do: x A B is two products, one after the
 other, beside each of the three matrices, and the last A B needs what the first two have made.
 
-To try a correction of your own, subclass SparseFF as below and attach it:
+    caprese.attach(model, LoRAFF, density=0.5, rank=256)
+    caprese.load_adapter(model, file, method=LoRAFF)
 
-    caprese.attach(model, "griffin", density=0.5, rank=256, block=LoRAFF)
-
-    correction_name               stands in the adapter's metadata
-    new_adapter, set_adapter      what is learned; other parameters of the module are frozen
-    sparse, mixed                 the masked path: what a generated token gets
-    gather, fused                 the compact path: what is copied at a selection, and a decode step
-
-Everything else works as before: selection, distill.end_to_end, sample.stream, adapters on disk
-(caprese.load_adapter(model, file, block=LoRAFF)), and bench.measure. If the correction only adds
-something else to FF_sparse(x), SparseFF.correction and fused are enough.
+A correction that only adds something else to FF_sparse(x) needs less than this: `correction`, and
+for the compact path `gather` and `fused`.
 """
 
 import torch
@@ -27,31 +20,26 @@ import caprese
 MATRICES = ("gate", "up", "down")
 
 
-def low_rank(x, A, B):
-    """x A B in x's dtype: x [..., in], A [in, q], B [q, out] -> [..., out]."""
-    return x @ A.to(x.dtype) @ B.to(x.dtype)
-
-
-class LoRAFF(caprese.SparseFF):
-    """The sparse FF with a low-rank update A B on each of its three matrices.
+class LoRAFF(caprese.GRIFFIN):
+    """GRIFFIN with a low-rank update A B on each of its three matrices.
 
     Its parameters are gate_A [D, q], gate_B [q, F], up_A [D, q], up_B [q, F], down_A [F, q] and
     down_B [q, D] in float32. The compact path reads them as buffers gate_A_k, gate_B_k and so on.
     """
-    correction_name = "lora"
 
     def new_adapter(self, rank):
-        """Create the factors; each B is zero, so that training starts from the sparse method."""
-        if self.method == "int4":
-            raise ValueError("LoRA is a baseline of the sparse methods; it is not implemented "
-                             "for int4")
+        """Create the factors; each B is zero, so that training starts from GRIFFIN exactly.
+
+        q is chosen so that they have as many parameters as L and R of this rank.
+        """
         D, F_ = self.gate_proj.in_features, self.gate_proj.out_features
         q = 0 if rank == 0 else max(1, round(2 * D * rank / (3 * (D + F_))))  # 3 q (D + F) = 2 D r
+        device = self.gate_proj.weight.device
         for name in MATRICES:
-            weight = getattr(self, f"{name}_proj").weight  # [out, in]
-            A = torch.randn(weight.shape[1], q, device=weight.device) * weight.shape[1] ** -0.5
-            B = torch.zeros(q, weight.shape[0], device=weight.device)
-            setattr(self, f"{name}_A", nn.Parameter(A))
+            out_features, in_features = getattr(self, f"{name}_proj").weight.shape
+            A = torch.randn(in_features, q, device=device, dtype=torch.float32)
+            B = torch.zeros(q, out_features, device=device, dtype=torch.float32)
+            setattr(self, f"{name}_A", nn.Parameter(A * in_features ** -0.5))
             setattr(self, f"{name}_B", nn.Parameter(B))
             self.register_buffer(f"{name}_A_k", None, persistent=False)
             self.register_buffer(f"{name}_B_k", None, persistent=False)
@@ -59,7 +47,7 @@ class LoRAFF(caprese.SparseFF):
     def set_adapter(self, **factors):
         """Take the six factors by name; their rank q may be another than before.
 
-        Raises ValueError if shapes do not fit or a value is not finite.
+        Raises ValueError, and changes nothing, if one does not fit or holds no finite number.
         """
         for name in MATRICES:
             out_features, in_features = getattr(self, f"{name}_proj").weight.shape
@@ -73,32 +61,36 @@ class LoRAFF(caprese.SparseFF):
             factor = factor.detach().to(self.gate_proj.weight.device, torch.float32)
             setattr(self, name, nn.Parameter(factor.contiguous()))
 
-    def sparse(self, x, gate, z, selection):
+    def correction(self, x):
+        """Zeros [B, T, D]: beside the FF nothing is added. The updates are within `sparse`."""
+        return torch.zeros_like(x)
+
+    def sparse(self, x, gate, z, kept):
         """The masked path: [B, T, D] -> [B, T, D]. gate and z, made without A B, are not used."""
         gate = self.act_fn(self.gate_proj(x) + low_rank(x, self.gate_A, self.gate_B))
         z = gate * (self.up_proj(x) + low_rank(x, self.up_A, self.up_B))
-        z = self.sparsify(gate, z, selection)
+        z = self.sparsify(x, gate, z, kept)
         return self.down_proj(z) + low_rank(z, self.down_A, self.down_B)
 
-    def mixed(self, x, gate, z, generated):
-        """sparse() where generated [B, T] is True, by the selection of the others; else FF(x)."""
-        selection = self.row_selection(self.prompt_statistic(gate, z, ~generated))
-        sparse = self.sparse(x, gate, z, selection)
+    def teacher_forced(self, x, generated):
+        """FF(x), but sparse() where generated [B, T] is True: [B, T, D] -> [B, T, D]."""
+        gate, z = self.neurons(x)
+        kept = self.selection(x, gate, z, ~generated)
+        sparse = self.sparse(x, gate, z, kept)
         return torch.where(generated[..., None], sparse, self.down_proj(z))
 
     @torch.no_grad()
-    def gather(self, top):
-        """Decode by the compact path: copy neurons top [k], and of the factors their part of them.
+    def gather(self, neurons):
+        """Copy the kept neurons [k] of the matrices, and their part of the factors.
 
-        All of them are copied as F.linear reads them, [out, in].
+        All are copied as F.linear reads them, [out, in].
         """
-        self.compact, self.selection = True, None
-        tensors = {"gate_k": self.gate_proj.weight[top],      # [k, D]
-                   "up_k": self.up_proj.weight[top],          # [k, D]
-                   "down_k": self.down_proj.weight[:, top],   # [D, k]
-                   "gate_A_k": self.gate_A.T, "gate_B_k": self.gate_B[:, top].T,
-                   "up_A_k": self.up_A.T, "up_B_k": self.up_B[:, top].T,
-                   "down_A_k": self.down_A[top].T, "down_B_k": self.down_B.T}
+        tensors = {"gate_k": self.gate_proj.weight[neurons],      # [k, D]
+                   "up_k": self.up_proj.weight[neurons],          # [k, D]
+                   "down_k": self.down_proj.weight[:, neurons],   # [D, k]
+                   "gate_A_k": self.gate_A.T, "gate_B_k": self.gate_B[:, neurons].T,
+                   "up_A_k": self.up_A.T, "up_B_k": self.up_B[:, neurons].T,
+                   "down_A_k": self.down_A[neurons].T, "down_B_k": self.down_B.T}
         for name, tensor in tensors.items():
             self.buffer(name, tensor.shape, self.gate_proj.weight.dtype).copy_(tensor)
 
@@ -108,3 +100,13 @@ class LoRAFF(caprese.SparseFF):
         up = F.linear(x, self.up_k) + F.linear(F.linear(x, self.up_A_k), self.up_B_k)
         z = self.act_fn(gate) * up
         return F.linear(z, self.down_k) + F.linear(F.linear(z, self.down_A_k), self.down_B_k)
+
+    def active_parameters(self):
+        """As of GRIFFIN; gate_B, up_B and down_A have entries of the dropped neurons as well."""
+        q, num_dropped = self.gate_A.shape[1], self.gate_proj.out_features - self.num_kept
+        return super().active_parameters() - 3 * q * num_dropped
+
+
+def low_rank(x, A, B):
+    """x A B in x's dtype: x [..., in], A [in, q], B [q, out] -> [..., out]."""
+    return x @ A.to(x.dtype) @ B.to(x.dtype)

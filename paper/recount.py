@@ -1,7 +1,7 @@
 """Ours: accuracy and length from kept answers, without any model: python -m paper.recount
 
 paper/answers/ holds what every variant of the fine-tuned SmolLM2 wrote (RESULTS.md says how). Each
-answer is graded anew by data.correct, but for summaries, whose ROUGE-1 was kept with them.
+answer is graded anew by paper.grading, but for summaries, whose ROUGE-1 was kept with them.
 `python -m paper.recount runs` first collects the answers that scripts of this folder left there.
 """
 
@@ -11,13 +11,13 @@ import statistics
 import sys
 from pathlib import Path
 
-from paper.experiment import read_answers
-
 import data
 import sample
+from paper import scores
+from paper.common import read_answers
 
 FOLDER = Path(__file__).resolve().parent / "answers"
-KEPT = ("set", "variant", "question", "answer", "response", "tokens")
+KEPT = ("set", "variant", "kind", "question", "answer", "response", "tokens", "ended")
 
 
 def collect(runs):
@@ -27,7 +27,7 @@ def collect(runs):
     """
     sets, seen = {}, set()
     for file in sorted(Path(runs).glob("*.jsonl")):
-        for answer in read_answers(file):
+        for answer in read_answers(file).values():
             if answer["run"] > 0:
                 continue
             problem = answer["set"], answer["variant"], answer["problem"]
@@ -50,22 +50,34 @@ def collect(runs):
         (FOLDER / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
+def score(answer):
+    """What a kept answer earns, in [0, 1]: right or wrong, F1, or the ROUGE-1 that was kept."""
+    if "rouge1" in answer:
+        return answer["rouge1"]
+    kind = answer.get("kind", "maths")  # which answers of earlier versions do not have
+    problem = data.Problem(answer["question"], "", answer["answer"], kind)
+    value, = scores.scores(problem, answer["response"]).values()
+    return value
+
+
 def count(file):
-    """A row for each variant in a file of answers: its score in percent with standard error."""
-    scores, tokens = {}, {}
+    """A row for each variant in a file of answers: its score in percent with standard error.
+
+    ended is how many of them stopped before their limit; answers of earlier versions do not know.
+    """
+    answers = {}
     for line in gzip.decompress(file.read_bytes()).decode().split("\n")[:-1]:
         answer = json.loads(line)
-        score = answer.get("rouge1")
-        if score is None:
-            score = data.correct(answer["response"], answer["answer"])
-        scores.setdefault(answer["variant"], []).append(100 * score)
-        tokens.setdefault(answer["variant"], []).append(answer["tokens"])
+        answers.setdefault(answer["variant"], []).append(answer)
     rows = []
-    for variant, values in sorted(scores.items()):
+    for variant, of_variant in sorted(answers.items()):
+        values = [score(answer) for answer in of_variant]
+        ended = [answer["ended"] for answer in of_variant if "ended" in answer]
         rows.append({"variant": variant, "set": file.name.split(".")[0], "answers": len(values),
-                     "score %": statistics.fmean(values),
-                     "±": statistics.pstdev(values) / len(values) ** 0.5,
-                     "tokens": statistics.fmean(tokens[variant])})
+                     "score %": 100 * statistics.fmean(values),
+                     "score ±": 100 * scores.standard_error(values),
+                     "tokens": statistics.fmean(answer["tokens"] for answer in of_variant),
+                     "ended %": 100 * statistics.fmean(ended) if ended else None})
     return rows
 
 

@@ -1,25 +1,25 @@
-"""From text to numbers: what an answer earns, and what many earn together."""
+"""From text to numbers: what an answer earns, what many earn together, and how sure that is."""
 
 import math
-import random
 import re
 import statistics
 from collections import Counter
 
-import data
+import sample
+
+try:
+    from paper.grading import correct, final_answer  # they know LaTeX, units, letters, prose
+except ImportError:
+    from data import correct, final_answer
 
 SCORES = ("accuracy", "f1", "rouge1", "rouge2", "rougeL")
 
 
-def read_row(row):
-    """data.problem_from_row, and GPQA's own columns: its options in an order that the question
-    decides."""
-    if "Correct Answer" not in row:
-        return data.problem_from_row(row)
-    options = [row["Correct Answer"]] + [row[f"Incorrect Answer {i}"] for i in (1, 2, 3)]
-    random.Random(row["Question"]).shuffle(options)
-    return data.problem_from_row({"question": row["Question"], "options": options,
-                                  "answer": options.index(row["Correct Answer"])})
+# ---- one answer
+
+def right_or_wrong(problem):
+    """Is an answer to this problem right or wrong? Otherwise it has an F1 or a ROUGE."""
+    return problem.kind not in ("passage", "summary")
 
 
 def scores(problem, response):
@@ -27,8 +27,8 @@ def scores(problem, response):
     if problem.kind == "summary":
         return rouge(response.split("###")[0], problem.answer)  # a base model writes the next one
     if problem.kind == "passage":
-        return {"f1": f1(data.final_answer(response) or response, problem.answer)}
-    return {"accuracy": float(data.correct(response, problem.answer))}
+        return {"f1": f1(final_answer(response) or response, problem.answer)}
+    return {"accuracy": float(correct(response, problem.answer))}
 
 
 def words(text):
@@ -64,21 +64,60 @@ def rouge(text, reference):
             "rougeL": 2 * longest[-1] / (len(a) + len(b)) if a or b else 0.0}
 
 
-def summary(answers, prefix=""):
-    """Columns of a table: each score in percent, its standard deviation, mean response tokens.
+# ---- many answers
 
-    The deviation is that of the runs' means if there are several runs, else that of the mean.
+def standard_error(values):
+    """The standard error of the mean of values in [0, 1], one for each problem.
+
+    Of zeros and ones it is sample.standard_error, Wilson's, which is never 0.
     """
-    runs = {}
+    if set(values) <= {0, 1}:
+        return sample.standard_error(statistics.fmean(values), len(values))
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
+
+
+def mean_and_error(answers, score):
+    """(mean, standard error) in percent of a score. Several runs of one problem are one value."""
+    of_problem = {}
     for answer in answers:
-        runs.setdefault(answer["run"], []).append(answer)
+        of_problem.setdefault(answer["problem"], []).append(answer[score])
+    values = [statistics.fmean(values) for values in of_problem.values()]
+    return 100 * statistics.fmean(values), 100 * standard_error(values)
+
+
+def summary(answers, prefix=""):
+    """Columns of a table: each score in percent with its standard error, mean response tokens."""
     columns = {}
     for score in SCORES:
         if score in answers[0]:
-            values = [100 * answer[score] for answer in answers]
-            means = [statistics.fmean(100 * a[score] for a in run) for run in runs.values()]
-            alone = statistics.pstdev(values) / math.sqrt(len(values))
-            columns[f"{prefix}{score} %"] = statistics.fmean(values)
-            columns[f"{prefix}{score} ±"] = statistics.stdev(means) if len(means) > 1 else alone
-    tokens = statistics.fmean(answer["tokens"] for answer in answers)
-    return columns | {f"{prefix}tokens": tokens}
+            mean, error = mean_and_error(answers, score)
+            columns |= {f"{prefix}{score} %": mean, f"{prefix}{score} ±": error}
+    return columns | {f"{prefix}tokens": statistics.fmean(answer["tokens"] for answer in answers)}
+
+
+def ratio(numerators, denominators):
+    """(sum of one / sum of the other, its standard error), from one pair for each answer.
+
+    (None, None) where the denominators are all 0. The answers are the repeats of a measured time.
+    """
+    n, total = len(numerators), sum(denominators)
+    if total == 0:
+        return None, None
+    value = sum(numerators) / total
+    squares = sum((a - value * b) ** 2 for a, b in zip(numerators, denominators))
+    return value, math.sqrt(squares * n / max(1, n - 1)) / total
+
+
+def timing(seconds, tokens, right):
+    """Columns of a table from the seconds, the tokens and the verdict of each answer.
+
+    The seconds contain prefill and reselections. Those to a right answer are all seconds over the
+    number of right answers: what a user waits for, if answers are long or wrong.
+    """
+    times = {"ms per token": ([1e3 * s for s in seconds], tokens),
+             "seconds": (seconds, [1] * len(seconds)),
+             "seconds to a right answer": (seconds, right)}
+    columns = {}
+    for name, (numerators, denominators) in times.items():
+        columns[name], columns[f"{name} ±"] = ratio(numerators, denominators)
+    return columns

@@ -6,11 +6,9 @@ weights frozen and about 1% more parameters. End-to-end mostly wins over layer-w
 Its instruct models stay within noise on CoQA, QASPER, XSum and CNN/DM, by every method.
 """
 
+import bench
+import sample
 from paper import common
-
-import caprese
-
-NEEDS = ("problems",)
 
 SETS = ("MATH-500", "AIME 24", "AMC 23", "BRUMO 25", "GPQA")
 THINKING = {  # R1-Distill-Qwen, accuracy in percent
@@ -56,17 +54,17 @@ PAPER = {
 }
 
 
-def measure(experiment):
+def main(argv=None):
     """A row for each variant: the parameters that a token uses, and its scores on every set."""
+    args = common.arguments("paper.table1_accuracy", __doc__, argv)
+    experiment = common.Experiment(args)
     rows = []
-    for variant in experiment.variants(("griffin", "cats")):
-        active = caprese.active_parameters(experiment.prepare(variant))
+    for variant in common.variants(args, ("griffin", "cats")):
+        active = bench.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
         rows.append(row | experiment.score_columns(variant))
-    return rows
+    return common.show(args, rows, common.draw_scores, PAPER, experiment)
 
-
-draw = common.draw_scores
 
 if __name__ == "__main__":
-    common.main("table1_accuracy")
+    sample.run_command(main)

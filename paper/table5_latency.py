@@ -7,20 +7,24 @@ saves that.
 
 The time depends on sizes alone, so the weights are random unless --model is given: of SmolLM2 135M,
 with --full of Llama 3.2 1B, and on a GPU with --full of the paper's Qwen 2.5 14B. bench.py has
-other shapes, lengths and rows.
+other shapes, lengths and rows. ± is the standard deviation of the rounds.
 """
 
-from paper import common  # first: it says how to run this file if it is run from elsewhere
-from paper.lora import LoRAFF
+import argparse
+import statistics
+from functools import partial
 
 import bench
+import sample
+from model import read_json, resolve
+from paper import common
+from paper.lora import LoRAFF
 
-NEEDS = ()
-QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": [32], "repeats": 3}
-FULL = {"shape": "llama-3.2-1b", "prompt": 128, "generate": [32, 256], "repeats": 5}
-FULL_GPU = {"shape": "qwen2.5-14b", "prompt": 2048, "generate": [256, 2048], "repeats": 3}
-COLUMNS = ("generated", "ms per token", "bound ms", "total s", "ratio to full",
-           "ratio bytes allow", "ratio to uncorrected")
+QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": (32,), "repeats": 3}
+FULL = {"shape": "llama-3.2-1b", "prompt": 128, "generate": (32, 256), "repeats": 5}
+FULL_GPU = {"shape": "qwen2.5-14b", "prompt": 2048, "generate": (256, 2048), "repeats": 3}
+COLUMNS = ("ms per token", "bound ms", "total s", "ratio to full", "ratio bytes allow",
+           "ratio to uncorrected")
 
 PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
     {"method": "full", "ms to the next token": 41,
@@ -34,39 +38,43 @@ PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
 ]}
 
 
-def bench_arguments(args):
-    """bench.py's arguments for the settings of this script."""
-    chosen = {key: getattr(args, key) for key in QUICK}
+
+def main(argv=None):
+    """The rows of bench.py that the paper has, and LoRA's."""
+    args = common.arguments("paper.table5_latency", __doc__, argv, rank=(0, 0))
+    chosen = FULL if args.full else QUICK
     if args.full and args.device.startswith("cuda"):
         chosen = FULL_GPU
-    flags = ["--prompt", chosen["prompt"], "--generate", *chosen["generate"],
-             "--repeats", chosen["repeats"], "--device", args.device, "--seed", args.seed,
-             "--only", "full", "GRIFFIN", "GRIFFIN + Caprese"]
-    flags += ["--model", args.model] if args.model else ["--shape", chosen["shape"]]
-    for key in ("dtype", "density", "rank"):
-        if getattr(args, key):
-            flags += [f"--{key}", getattr(args, key)]
-    return bench.arguments([str(flag) for flag in flags])
-
-
-def measure(experiment):
-    """The rows of bench.py that the paper has, and LoRA's."""
-    args = bench_arguments(experiment.args)
-    rows = bench.variants(args)
-    rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"block": LoRAFF}
-    results = bench.measure(bench.make_model(args), rows, args)
+    name = args.model or chosen["shape"]
+    config = read_json(resolve(args.model) / "config.json") if args.model else bench.SHAPES[name]
+    settings = argparse.Namespace(**vars(args) | chosen | {
+        "config": config, "density": args.density or 0.5, "graphs": False, "method": "griffin",
+        "only": ["full", "GRIFFIN", "GRIFFIN + Caprese"]})
+    rows = bench.variants(settings)
+    rows["GRIFFIN + LoRA"] = rows["GRIFFIN + Caprese"] | {"method": LoRAFF}
+    model = bench.make_model(settings)
+    prompt = bench.make_prompt(model, settings)
+    runs = {(row, generated): partial(bench.run_row, model, rows[row], prompt, generated, None)
+            for generated in settings.generate for row in rows}
+    rounds = bench.take_turns(runs, settings.repeats, model.device)
     table = []
-    for result in results:
-        row = {"method": result["row"], "model": args.model}
-        table.append(row | {column: result[column] for column in COLUMNS})
-    return table
+    for row, generated in runs:
+        times = [one["ms per token"] for one in rounds[row, generated]]
+        result = bench.result(row, generated, rounds)
+        table.append({"method": row, "model": name, "generated": generated}
+                     | {column: result[column] for column in COLUMNS}
+                     | {"ms per token ±": statistics.stdev(times)})
+    rank = rows["GRIFFIN + Caprese"]["rank"]
+    title = f"{name}: D = {config['hidden_size']}, r = {rank}"
+    return common.show(args, table, draw, PAPER, title=title)
 
 
 def draw(figure, rows):
     """The time to the next token, and within each bar the time that its bytes take."""
     axes = figure.subplots()
     names = [f"{row['method']}, {row['generated']} generated" for row in rows]
-    axes.barh(names, [row["ms per token"] for row in rows], label="measured")
+    axes.barh(names, [row["ms per token"] for row in rows], capsize=2, label="measured",
+              xerr=common.errors(rows, "ms per token"))
     axes.barh(names, [row["bound ms"] for row in rows], height=0.3, color="black",
               label="its bytes at the memory's speed")
     axes.invert_yaxis()
@@ -74,4 +82,4 @@ def draw(figure, rows):
 
 
 if __name__ == "__main__":
-    common.main("table5_latency")
+    sample.run_command(main)

@@ -8,30 +8,29 @@ samples, in the same steps. The row with both stages shows what x L R gains by t
 
 from dataclasses import replace
 
-from paper import common
-
 import caprese
-from paper.experiment import BOTH_STAGES, E2E, Variant
+import sample
+from paper import common
 from paper.lora import LoRAFF
 
-NEEDS = ("problems", "samples")
 
-
-def measure(experiment):
+def main(argv=None):
     """A row for each correction: the parameters that it adds, and its scores on every set."""
-    griffin = experiment.sparse("griffin")
-    low_rank = experiment.learned(griffin, E2E, "GRIFFIN + L R, E2E alone")
-    lora = replace(low_rank, name="GRIFFIN + LoRA, E2E alone", block=LoRAFF)
-    both = experiment.learned(griffin, BOTH_STAGES)
+    args = common.arguments("paper.table6_lora", __doc__, argv)
+    if args.e2e_epochs < 1:
+        raise common.CannotRun("this compares what is learned end-to-end: give --e2e-epochs")
+    experiment = common.Experiment(args, samples=True)
+    griffin = common.sparse(args, "griffin")
+    low_rank = replace(common.learned(args, griffin, ("E2E",)), name="GRIFFIN + L R, E2E alone")
+    lora = replace(low_rank, name="GRIFFIN + LoRA, E2E alone", method=LoRAFF)
+    both = common.learned(args, griffin, common.stages(args))
     rows = []
-    for variant in (Variant("full"), griffin, lora, low_rank, both):
+    for variant in (common.Variant("full"), griffin, lora, low_rank, both):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
         rows.append(row | experiment.score_columns(variant))
-    return rows
+    return common.show(args, rows, common.draw_scores, experiment=experiment)
 
-
-draw = common.draw_scores
 
 if __name__ == "__main__":
-    common.main("table6_lora")
+    sample.run_command(main)

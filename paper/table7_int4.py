@@ -6,24 +6,22 @@ an offset. That shows the quality of 4 bits and not their speed, for the product
 dtype. So small a model as the bundled one loses nothing by 4 bits, and there is nothing to recover.
 """
 
+import caprese
+import sample
 from paper import common
 
-import caprese
 
-NEEDS = ("problems",)
-
-
-def measure(experiment):
+def main(argv=None):
     """A row for each stage: the parameters that it adds, and its scores on every set."""
+    args = common.arguments("paper.table7_int4", __doc__, argv)
+    experiment = common.Experiment(args)
     rows = []
-    for variant in experiment.variants(("int4",)):
+    for variant in common.variants(args, ("int4",)):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
         rows.append(row | experiment.score_columns(variant))
-    return rows
+    return common.show(args, rows, common.draw_scores, experiment=experiment)
 
-
-draw = common.draw_scores
 
 if __name__ == "__main__":
-    common.main("table7_int4")
+    sample.run_command(main)

@@ -100,7 +100,7 @@ def test_a_phase_gives_back_the_one_before(device):
     with caprese.phase(model, "count", mask):
         caprese.teacher_forced(model, tokens, [5, 7])
         assert call.phase == "count" and call.counted is mask and call.generated is None
-        with pytest.raises(IndexError):  # no such token
+        with pytest.raises(ValueError):  # no such token
             caprese.teacher_forced(model, tokens + 97, [5, 7])
         assert call.phase == "count" and call.counted is mask and call.generated is None
     assert (call.phase, call.counted, call.generated) == ("full", None, None)
@@ -548,6 +548,15 @@ class GatedCorrection(caprese.GRIFFIN):
         return torch.nn.functional.gelu(x @ self.L.to(x.dtype)) @ self.R.to(x.dtype)
 
 
+class Bias(caprese.GRIFFIN):
+    """A correction without L and R."""
+    def new_adapter(self, rank):
+        self.b = torch.nn.Parameter(torch.zeros(self.gate_proj.in_features))
+
+    def correction(self, x):
+        return self.b.to(x.dtype).expand_as(x)
+
+
 class Dense(caprese.GRIFFIN):
     """Overrides both paths, alike: it keeps its compact path."""
     def sparsify(self, x, gate, z, kept):
@@ -557,7 +566,7 @@ class Dense(caprese.GRIFFIN):
         return super().fused(x) * 2 - self.correction(x)
 
 
-@pytest.mark.parametrize("block", [NoCorrection, NothingKept, GatedCorrection])
+@pytest.mark.parametrize("block", [NoCorrection, NothingKept, GatedCorrection, Bias])
 def test_a_subclass_changes_single_prompts_and_batches_alike(block, device, capsys):
     model, tokens = tiny.model(device=device), tiny.tokens(2, 14, device=device)
     plain = tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6))
@@ -642,7 +651,7 @@ def test_trying_a_class_draws_no_number(device):
 
 @pytest.mark.parametrize("block, linear", [
     (caprese.GRIFFIN, True), (caprese.CATS, True), (NothingKept, True), (GatedCorrection, False),
-    (NoCorrection, False)])
+    (NoCorrection, False), (Bias, False)])
 def test_only_x_L_R_has_a_closed_form(block, linear, device):
     model = caprese.attach(tiny.model(device=device), block, rank=6)
     assert caprese.has_closed_form(first_layer(model)) == linear
@@ -685,8 +694,8 @@ def test_what_runs_in_inference_mode_can_be_trained_afterwards(device):
     assert torch.equal(generate(model, tokens[:, :5], 4), expected)
 
 
-@pytest.mark.parametrize("lengths", [[0, 5], [5, 13], [5], [[5, 5]]])
+@pytest.mark.parametrize("lengths", [[0, 5], [5, 13], [5], [[5, 5]], [5.0, 5.0]])
 def test_prompt_lengths_lie_in_the_tokens(lengths, device):
     model, tokens = attached(device, "griffin"), tiny.tokens(2, 12, device=device)
-    with pytest.raises(ValueError, match="prompt_lengths must be 2 numbers in 1..12"):
+    with pytest.raises(ValueError, match="prompt_lengths must be 2 whole numbers in 1..12"):
         caprese.teacher_forced(model, tokens, lengths)

@@ -1,5 +1,6 @@
-"""Problems, data sets, batches. Run: python -m pytest tests/test_data.py"""
+"""Problems, rows of data sets, samples, batches. Run: python -m pytest tests/test_data.py"""
 
+import hashlib
 import importlib.util
 import json
 import random
@@ -164,6 +165,29 @@ def copy_tokenizer(folder):
         shutil.copy(TINY_MATH / name, folder)
 
 
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("kind, evaluation, expected", [
+    ("maths", False, "d2d7b41f525222ba"), ("maths", True, "c5482eb3b6e31ee1"),
+    ("reading", False, "5f107363de4f0f6f"), ("reading", True, "2a8ed0e1fb203085"),
+])
+def test_generated_problems_never_change(kind, evaluation, expected):
+    """The bundled model learned exactly these, and every figure of RESULTS.md is of them."""
+    problems = data.problems(kind, 300, seed=0, evaluation=evaluation)
+    assert digest([astuple(problem) for problem in problems]) == expected
+
+
+def test_generated_hard_problems_and_passages_never_change():
+    hard = data.problems("maths", 50, seed=3, evaluation=True, steps=8)
+    assert digest([astuple(problem) for problem in hard]) == "41bcd92dad96eb98"
+    rng = random.Random(11)
+    passages = [data.make_passage(rng, 1 + i % 8, 4 + i % 12) for i in range(100)]
+    assert digest(passages) == "913c6fefc68eb951"
+    assert digest(rng.random()) == "4779a7852442343a"  # nor how many numbers they draw
+
+
 def test_problems_are_reproducible():
     first, again, other = (data.problems("maths", 20, seed) for seed in (5, 5, 6))
     assert first == again != other
@@ -189,6 +213,44 @@ def test_batches_hold_every_sample_once_with_its_prompt_length():
     assert orders[1] == orders[2] and orders[0] != orders[1] != orders[3]
 
 
+@pytest.mark.parametrize("lengths", [
+    [10] * 60,                         # all alike
+    list(range(1, 61)),                # all different
+    [2 ** (i // 6) for i in range(60)],  # far apart
+])
+def test_each_epoch_has_new_batches_of_similar_lengths(lengths):
+    """Not the same batches in another order; and nearly as little padding as in the best order."""
+    samples = [([1] * length, [2]) for length in lengths]
+    random.Random(5).shuffle(samples)
+    epochs = [data.batch_indices(samples, 8, seed) for seed in range(5)]
+    for epoch in epochs:
+        assert sorted(i for batch in epoch for i in batch) == list(range(60))
+        assert sorted(map(len, epoch)) == [4] + [8] * 7
+    as_sets = [{frozenset(batch) for batch in epoch} for epoch in epochs]
+    for i, first in enumerate(as_sets):
+        for second in as_sets[:i]:
+            assert len(first & second) <= 2
+
+    def padded(epoch):
+        return sum(len(batch) * max(sum(map(len, samples[i])) for i in batch) for batch in epoch)
+
+    by_length = data.batch_indices(samples, 8)
+    assert by_length == data.batch_indices(samples, 8)
+    assert [len(samples[i][0]) for batch in by_length for i in batch] == sorted(lengths)
+    at_random = list(range(60))
+    random.Random(6).shuffle(at_random)
+    worst = padded([at_random[i:i + 8] for i in range(0, 60, 8)])
+    best = padded(by_length)
+    assert all(padded(epoch) <= best + 0.45 * (worst - best) for epoch in epochs)
+
+
+def test_the_masks_of_a_batch():
+    batch = data.collate([([5, 6], [7]), ([5], [7, 8, 9])], [0, 1])
+    assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 7, 8, 9]]
+    assert batch.generated.tolist() == [[False, False, True, True], [False, True, True, True]]
+    assert batch.response.tolist() == [[False, False, True, False], [False, True, True, True]]
+
+
 @pytest.mark.parametrize("ids, kept", [([1, 2, 9, 3, 9], [1, 2, 9]), ([8, 1], [8]), ([1], [1])])
 def test_until_stop(ids, kept):
     assert data.until_stop(ids, (8, 9)) == kept
@@ -201,8 +263,12 @@ def test_too_long_samples_are_dropped_and_counted(capsys):
     limit = sorted(len(p) + len(r) for p, r in everything)[19]
     kept = data.encode_samples(problems, tokenizer, limit)
     assert kept == [sample for sample in everything if sum(map(len, sample)) <= limit]
-    assert f"dropped {40 - len(kept)} of 40" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="no sample"):
+    longest = max(len(p) + len(r) for p, r in everything)
+    said = capsys.readouterr().err
+    assert f"left out {40 - len(kept)} of 40" in said and f"longest has {longest}\n" in said
+    assert data.encode_samples(problems, tokenizer, longest) == everything
+    assert not capsys.readouterr().err
+    with pytest.raises(ValueError, match="no sample has at most 3 tokens"):
         data.encode_samples(problems, tokenizer, 3)
 
 
@@ -219,43 +285,83 @@ def messages(response):
                          {"role": "assistant", "content": "bye"}]}
 
 
+@pytest.mark.parametrize("prompt, response, expected", [
+    ("<user>q<assistant><think>\n", "<think>\nhm</think>5", "hm</think>5"),
+    ("<user>q<assistant><think>\n", "\n<think>hm</think>5", "hm</think>5"),
+    ("<user>q<assistant><think>", "<think>\nhm</think>5", "\nhm</think>5"),
+    ("<user>q<assistant><think>\n\n", "<think>\n\n\nhm", "\nhm"),
+    ("<user>q<assistant><think>\n", "hm</think>5", "hm</think>5"),
+    ("<user>q<assistant>", "<think>\nhm</think>5", "<think>\nhm</think>5"),
+    ("<user>what is <think>?<assistant>", "<think>\nhm", "<think>\nhm"),
+    ("<user>q<assistant><think>\n", "5 <think> 6", "5 <think> 6"),
+])
+def test_a_thought_is_opened_once(prompt, response, expected):
+    assert data.without_opening(prompt, response) == expected
+
+
+def test_encoded_samples_open_a_thought_once():
+    tokenizer = data.Tokenizer(TINY_MATH)
+    tokenizer.template = "{{ messages[0].content }}<think> "
+    problem = data.Problem("q", "<think> hm</think> 5", "5")
+    (prompt, response), = data.encode_samples([problem], tokenizer)
+    assert tokenizer.decode(prompt).endswith("<think> ")
+    assert response == tokenizer.encode("hm</think> 5")
+
+
 # a row of a data set: (question, response, answer, kind, level)
 ROWS = [
     ({"question": "q", "answer": "a <<1+1=2>>2\n#### 2"}, ("q", "a 2\n#### 2", "2", "maths", 1)),
-    ({"problem": "q", "answer": "7"}, ("q", "", "7", "maths", None)),
-    ({"problem": "q", "answer": 7}, ("q", "", "7", "maths", None)),
-    ({"problem": "q", "solution": r"so \boxed{7}", "level": "Level 3"},
-     ("q", r"so \boxed{7}", "7", "maths", "Level 3")),
-    ({"problem": "q", "solution": "a", "answer": r"\frac{1}{2}", "level": 3},
-     ("q", "a", r"\frac{1}{2}", "maths", 3)),
-    ({"query": "q", "response": "It is 2. #### 2\nThe answer is: 2", "original_question": "o"},
-     ("q", "It is 2. #### 2\nThe answer is: 2", "2", "maths", None)),
-    ({"question": "q", "response": "I think 3", "answer": "2", "right": False},
+    ({"question": "q", "answer": "a"}, ("q", "a", "a", "maths", None)),
+    ({"question": "q", "answer": 7}, ("q", "7", "7", "maths", None)),
+    ({"question": "q", "answer": 0}, ("q", "0", "0", "maths", None)),
+    ({"question": "q", "answer": 18.0}, ("q", "18.0", "18.0", "maths", None)),
+    ({"question": "q", "answer": 1e-7}, ("q", "0.0000001", "0.0000001", "maths", None)),
+    ({"question": "q", "answer": 1e22}, ("q", "1" + "0" * 22, "1" + "0" * 22, "maths", None)),
+    ({"question": "q", "answer": 10 ** 400}, ("q", str(10 ** 400), str(10 ** 400), "maths", None)),
+    ({"question": "q", "response": "I think 3", "answer": "2", "right": False, "block": 4, "id": 9},
      ("q", "I think 3", "2", "maths", None)),
     ({"question": "q", "response": "so #### 3"}, ("q", "so #### 3", "3", "maths", None)),
-    ({"question": "q", "options": ["x", "y"], "answer": "B"},
-     ("q\n(A) x\n(B) y", "B", "B", "choice", None)),
-    ({"question": "q", "choices": ["x", "y"], "answer": 0},
-     ("q\n(A) x\n(B) y", "A", "A", "choice", None)),
-    ({"context": "c", "question": "q", "answer": "a"}, ("c\nq", "a", "a", "passage", None)),
-    ({"prompt": "q", "reference": "The answer is near."},
-     ("q", "The answer is near.", "The answer is near.", "summary", None)),
-    # text unless the response marks its final answer
+    ({"question": "q", "response": "so #### 3", "answer": "it is\n#### 4", "level": 5},
+     ("q", "so #### 3", "4", "maths", 5)),
+    ({"question": "q", "response": "cout << a = b >> c"},
+     ("q", "cout << a = b >> c", "", "maths", None)),
+    ({"question": "q", "response": r"so \boxed 3"}, ("q", r"so \boxed 3", "3", "maths", None)),
+    # text unless the response marks its final answer, or an answer stands beside it
     ({"prompt": "q\n", "response": "a"}, ("q\n", "a", "", "text", None)),
     ({"prompt": "q", "response": "a #### 5"}, ("q", "a #### 5", "5", "maths", None)),
+    ({"prompt": "q", "response": r"a \fbox{5}"}, ("q", r"a \fbox{5}", "5", "maths", None)),
     ({"prompt": "q", "response": "#### Title\n\na"}, ("q", "#### Title\n\na", "", "text", None)),
-    ({"instruction": "q", "input": "i", "output": "a"}, ("q\ni", "a", "", "text", None)),
-    ({"instruction": "q", "input": "", "output": r"\boxed{5}"},
-     ("q", r"\boxed{5}", "5", "maths", None)),
-    ({"context": "c", "question": "q", "answers": ["a", "b"]},
+    ({"prompt": "q", "response": "a", "answer": "5"}, ("q", "a", "5", "maths", None)),
+    ({"prompt": "q", "response": "#### 4", "answer": "5"}, ("q", "#### 4", "5", "maths", None)),
+    (messages("a"), ("s\n\nq", "a", "", "text", None)),
+    (messages("a\n#### 5\n"), ("s\n\nq", "a\n#### 5\n", "5", "maths", None)),
+    (messages("a\n#### 5\n") | {"answer": 6}, ("s\n\nq", "a\n#### 5\n", "6", "maths", None)),
+    ({"messages": [{"role": "assistant", "content": "hello"}, {"role": "user", "content": "q"},
+                   {"role": "assistant", "content": "a"}]}, ("q", "a", "", "text", None)),
+    ({"messages": [{"role": "user", "content": "q"}], "answer": "5"},
+     ("q", "", "5", "maths", None)),
+    ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "r"},
+                   {"role": "assistant", "content": "a"}], "answer": "5"},
+     ("q", "", "5", "maths", None)),
+    # null and empty columns are absent, whatever the column
+    ({"question": "q", "answer": "#### 5", "response": None, "messages": [], "options": None,
+      "context": "", "prompt": " \n", "level": None, "kind": None, "choices": {}},
+     ("q", "#### 5", "5", "maths", None)),
+    # a kind that stands in the row counts
+    ({"question": "q", "response": "a", "answer": "a", "kind": "summary"},
+     ("q", "a", "a", "summary", None)),
+    ({"question": "q", "response": "so (B)", "answer": "B", "kind": "choice"},
+     ("q", "so (B)", "B", "choice", None)),
+    ({"question": "c\nq", "response": "a", "answer": "a", "kind": "passage"},
      ("c\nq", "a", "a", "passage", None)),
-    (messages("a"), ("q", "a", "", "text", None)),
-    (messages("a\n#### 5\n"), ("q", "a\n#### 5\n", "5", "maths", None)),
+    ({"question": "q", "response": "a #### 5", "kind": "text"},
+     ("q", "a #### 5", "", "text", None)),
+    ({"prompt": "q", "response": "a", "kind": "reading", "answer": "a"},
+     ("q", "a", "a", "reading", None)),
 ]
 
 
-@pytest.mark.parametrize("row, expected", ROWS)
-def test_what_a_row_is(tmp_path, row, expected):
+def is_read_as(tmp_path, row, expected):
     """A sample has its response, an evaluation problem its answer, and perhaps asks for a box."""
     problem = data.problem_from_row(row)
     assert astuple(problem) == expected
@@ -266,7 +372,7 @@ def test_what_a_row_is(tmp_path, row, expected):
     if response:
         assert data.read_problems(file) == [problem]
     else:
-        with pytest.raises(ValueError, match="line 1: .*no response.*it needs question and"):
+        with pytest.raises(ValueError, match="line 1: no response in the columns .*a row needs"):
             data.read_problems(file)
     if answer:
         asked, = data.read_problems(file, evaluation=True, boxed=True)
@@ -276,95 +382,159 @@ def test_what_a_row_is(tmp_path, row, expected):
         assert data.ask(asked).startswith(instruction + question)
         assert data.ask(asked).endswith(r"\boxed{}.") == (kind in ("maths", "choice"))
     else:
-        with pytest.raises(ValueError, match="line 1: .*no answer"):
+        with pytest.raises(ValueError, match="line 1: no answer in the columns .*a row needs"):
             data.read_problems(file, evaluation=True)
 
 
-@pytest.mark.parametrize("row", [
-    "{", "[]", "3", "null", '"question"', {}, {"question": "q"}, {"answer": "1"}, {"question": 5},
-    {"question": "q", "answer": ["a"], "response": 3}, {"question": ["q"], "answer": "a"},
-    {"question": "q", "options": ["x"], "answer": "B"}, {"context": "c", "answer": "a"},
-    {"question": "q", "options": ["x"], "answer": 4}, {"context": "c", "question": "q"},
-    {"question": "q", "choices": ["x", "y"], "answer": -1}, {"prompt": "q"}, {"reference": "a"},
-    {"question": "q", "choices": ["x", "y"], "answer": "AB"}, {"prompt": "", "response": "a"},
-    {"question": "q", "choices": {"text": ["x"]}, "answerKey": "A"}, {"messages": "hello"},
-    {"question": "q", "choices": list("0123456789X"), "answer": 0}, {"messages": []},
-    {"messages": [{"role": "user", "content": "q"}]},
-    {"context": "c", "question": "q", "answers": []},
+@pytest.mark.parametrize("row, expected", ROWS)
+def test_what_a_row_is(tmp_path, row, expected):
+    is_read_as(tmp_path, row, expected)
+
+
+@pytest.mark.parametrize("kind", data.KINDS)
+def test_a_kind_survives_being_written(tmp_path, kind):
+    """So that a summary is learned as it was asked: without the maths instruction."""
+    first = data.Problem("q", "r", "a", kind)
+    row = {"block": 0, "question": first.question, "response": first.response,
+           "answer": first.answer, "kind": first.kind, "right": True}
+    again, = data.read_problems(write(tmp_path, row))
+    assert again == first and data.ask(again) == data.ask(first)
+
+
+def test_a_box_is_asked_for_once(tmp_path):
+    """What was written when a box had been asked for is read again with the same question."""
+    file = write(tmp_path, {"question": "q", "answer": "1"})
+    asked, = data.read_problems(file, evaluation=True, boxed=True)
+    file = write(tmp_path, {"question": asked.question, "response": "1", "answer": "1"})
+    assert data.read_problems(file, boxed=True)[0].question == asked.question
+
+
+def read_fails(file, says, evaluation):
+    """One line that names the file and says this."""
+    with pytest.raises(ValueError) as error:
+        data.read_problems(file, evaluation=evaluation)
+    message = str(error.value)
+    assert "\n" not in message and file.name in message and says in message
+
+
+@pytest.mark.parametrize("row, says", [
+    ("{", "not valid JSON"), ('{"question": "q", "answer": "a"', "not valid JSON"),
+    ('{"question": "q" "answer": "a"}', "not valid JSON"), ("a" * 99, "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"), ("[]", "a row is an object, not []"),
+    ("3", "a row is an object, not 3"), ("null", "not None"), ('"question"', "not 'question'"),
+    ({}, "a row needs question and answer"), ({"question": ""}, "a row needs question and answer"),
+    ({"question": "q"}, "in the columns question; a row needs"),
+    ({"answer": "1"}, "answer"),
+    ({"question": 5, "answer": "1"}, "question is 5, not text"),
+    ({"question": ["q"], "answer": "a"}, "question is ['q'], not text"),
+    ({"question": "q", "answer": ["a"]}, "answer is ['a'], not text"),
+    ({"question": "q", "answer": {"value": "a"}}, "answer is {'value': 'a'}, not text"),
+    ({"question": "q", "answer": True}, "answer is True, not text"),
+    ({"question": "q", "answer": False}, "answer is False, not text"),
+    ('{"question": "q", "answer": NaN}', "answer is nan, not text"),
+    ('{"question": "q", "answer": Infinity}', "answer is inf, not text"),
+    ('{"question": "q", "answer": -1e999}', "answer is -inf, not text"),
+    ({"question": "q", "response": 3, "answer": "3"}, "response is 3, not text"),
+    ({"question": "q", "response": ["a"]}, "response is ['a'], not text"),
+    ({"prompt": {"text": "q"}, "response": "a"}, "prompt"), ({"prompt": "q"}, "columns prompt"),
+    ({"prompt": " ", "response": "a"}, "a row needs"),
+    ({"response": "a", "answer": "a"}, "a row needs"),
+    ({"question": "q", "response": "a", "answer": "a", "kind": "riddle"}, "kind is 'riddle', not"),
+    ({"question": "q", "response": "a", "answer": "a", "kind": ["maths"]}, "kind is ['maths']"),
+    ({"messages": "hello"}, "messages is not a list of turns"),
+    ({"messages": ["hello"]}, "messages is not a list of turns"),
+    ({"messages": [{"content": "q"}]}, "no turn of the user"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "no turn of the user"),
+    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}], "answer": "a"},
+     "no question"),
+    ({"messages": [{"role": "user", "content": ["q"]}], "answer": "a"}, "content is ['q'], not"),
+    ({"messages": [{"role": "user", "content": None}], "answer": "a"}, "content is None, not text"),
+    ('{"question": "a \\ud800 b", "response": "a", "answer": "a"}', "half of a surrogate pair"),
 ])
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_a_bad_line_is_named_in_one_line(tmp_path, row, evaluation):
+def test_a_bad_line_is_named_in_one_line(tmp_path, row, says, evaluation):
     file = write(tmp_path, {"question": "q", "answer": "a"}, row)
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 2: [^\n]*it needs question and[^\n]*$"):
-        data.read_problems(file, evaluation=evaluation)
+    read_fails(file, says, evaluation)
+    read_fails(file, "line 2", evaluation)
     assert len(data.read_problems(file, 1, evaluation=evaluation)) == 1
-
-
-def test_skip_bad_names_what_it_leaves_out(tmp_path, capsys):
-    good = {"prompt": "c", "response": "d"}
-    file = write(tmp_path, good, '{"question": "a"', {"other": 1}, "", good, good)
-    assert len(data.read_problems(file, 2, skip_bad=True)) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [re.search(r"line (\d+)", line)[1] for line in said] == ["2", "3"]
 
 
 def test_files_that_hold_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.jsonl"):
         data.read_problems(tmp_path / "none.jsonl")
-    for text in ("", "\n\n", "[]"):
+    with pytest.raises(OSError, match=tmp_path.name):
+        data.read_problems(tmp_path)
+    for text in ("", "\n\n", "[]", "  \n\t\n", "\ufeff"):
         with pytest.raises(ValueError, match="a.jsonl holds no problems"):
             data.read_problems(write(tmp_path, text))
-    with pytest.raises(ValueError, match=r"a.jsonl holds no problems"):
-        data.read_problems(write(tmp_path, "{"), skip_bad=True)
-    (tmp_path / "b.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(ValueError, match="b.jsonl is not valid JSON"):
-        data.read_problems(tmp_path / "b.jsonl")
+
+
+def test_lines_of_blanks_are_skipped_and_counted(tmp_path):
+    good = {"prompt": "c", "response": "d"}
+    file = write(tmp_path, "", good, "   ", "\t", good, "", {"other": 1}, "")
+    assert len(data.read_problems(file, 2)) == 2
+    assert [place for place, _ in data.read_rows(file)] == ["line 2", "line 5", "line 7"]
+    with pytest.raises(ValueError, match="line 7: "):
+        data.read_problems(file)
 
 
 def test_a_json_list_a_byte_order_mark_and_windows_line_ends(tmp_path):
     """MetaMathQA is stored as one list; other line ends may stand inside a string."""
-    row = {"query": "1 +\u2028 1?", "response": "It is 2."}
+    row = {"prompt": "1 +\u2028 1? \ufffd", "response": "It is 2."}
     lines = [json.dumps(row, ensure_ascii=False)] * 2
     for text in (json.dumps([row, row], indent=1), "\ufeff" + "\n".join(lines),
-                 "\r\n".join(lines) + "\r\n"):
+                 "\n " + json.dumps([row, row]), "\r\n".join(lines) + "\r\n"):
         (tmp_path / "b.json").write_bytes(text.encode())
         assert data.read_problems(tmp_path / "b.json") == [data.problem_from_row(row)] * 2
-    for text, says in (('[{"query": "1 +', "cut.json is not valid JSON"), ("[3]", "line 1: ")):
+    for text, says in (('[{"prompt": "1 +', "cut.json is not valid JSON"), ("[3]", "row 1: ")):
         (tmp_path / "cut.json").write_text(text)
         with pytest.raises(ValueError, match=says):
             data.read_problems(tmp_path / "cut.json")
 
 
-def test_a_parser_of_ones_own(tmp_path):
-    def parse(row):
-        return data.Problem(row["Q"], "r", row["A"], "text")
-
-    file = write(tmp_path, {"Q": "q", "A": "a"}, {"Q": "q"})
-    assert data.read_problems(file, 1, evaluation=True, parse=parse)[0].answer == "a"
-    with pytest.raises(ValueError, match="line 2: .*'A'"):
-        data.read_problems(file, evaluation=True, parse=parse)
-
-
 @pytest.mark.skipif(not SHARED.exists(), reason="no ../shared/data beside this checkout")
-@pytest.mark.parametrize("name, rows", [("gsm8k_test", 1319), ("xsum", 200)])
-def test_real_sets_are_read_whole(name, rows):
+@pytest.mark.parametrize("name, rows", [("gsm8k_train", 7473), ("gsm8k_test", 1319)])
+def test_gsm8k_is_read_whole(name, rows):
     problems = data.read_problems(SHARED / f"{name}.jsonl")
-    assert len(problems) == rows
-    if name == "gsm8k_test":
-        assert all(data.correct(p.response, p.answer) for p in problems)
-        assert not any("<<" in p.response for p in problems)
+    assert len(problems) == rows and {problem.kind for problem in problems} == {"maths"}
+    assert data.read_problems(SHARED / f"{name}.jsonl", evaluation=True) == problems
+    assert all(data.correct(p.response, p.answer) for p in problems)
+    assert not any("<<" in p.response for p in problems)
+    assert {p.level for p in problems} <= set(range(1, 12)) | {None}
 
 
-def test_a_hub_data_set_that_cannot_be_reached_is_one_line(monkeypatch):
-    import huggingface_hub
-    asked = []
+PLAIN = {  # what the core knows: the last #### or box, as text or as a number
+    True: [
+        ("12 + 5 = 17. #### 17", "17"), ("#### 1,000", "1000"), ("#### 1000", "1,000"),
+        ("#### 017", "17"), ("#### 17.0", "17"), ("#### 17.", "17"), ("#### .5", "0.5"),
+        ("#### 3/4", "0.75"), ("#### -5", "-5"), ("#### +5", "5"), ("####\n17", "17"),
+        ("#### Paris", "Paris"), (r"\boxed{17}", "17"), (r"\boxed {17}", "17"),
+        (r"\fbox{17}", "17"),
+        (r"so $\boxed 7$.", "7"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{x = \{1\}, y = \{}", r"x = \{1\}, y = \{"), ("#### 3\nno, #### 17", "17"),
+        ("#### 42\n\nThis answer is correct.", "42"), (r"\boxed{42}. I hope it is.", "42"),
+        ("<think>#### 3</think>#### 17", "17"), ("#### 17\n\nQuestion: 1 + 1?\n#### 2", "17"),
+        ("#### 17\n\n**Problem 2:** 1 + 1?\n\\boxed{2}", "17"),
+        (r"\boxed{12} and then \boxed{1", "12"),
+        ("#### " + "9" * 5000, "9" * 5000),  # longer than Python makes an integer of
+    ],
+    False: [
+        ("", ""), ("", "17"), ("17", "17"), ("####", ""), ("#### ", "17"), (r"\boxed{}", ""),
+        (r"\boxed{17", "17"), ("#### 170", "17"), ("#### 1,00", "100"), ("#### 1,0000", "10000"),
+        ("#### 17,18", "1718"), ("#### 17 or 18", "17"), ("#### 17 eggs", "17"), ("#### 1 7", "17"),
+        ("#### 3/0", "3"), ("#### 1_000", "1000"), ("#### 1e3", "1000"), ("#### 17x", "17"),
+        ("#### paris", "Paris"), (r"\boxed{X}", "x"), ("The answer is 17.", "17"),
+        ("#### 17\nno, #### 18", "17"), (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{1}, \boxed{2}", "2"),
+        (r"$x = \boxed{1}$ or $x = \boxed{2}$", "2"), ("<think>Maybe \\boxed{12}? Let me", "12"),
+        ("<think>\\boxed{3}</think> It is 4.", "3"), ("\\boxed{3}</think> It is 4.", "3"),
+        ("She has 18.\n\nQuestion: 1 + 1?\n#### 2", "2"), ("#### 5\n\nQ: 1 + 1?\n#### 2", "2"),
+        ("#### " + "9" * 5000, "9" * 999), (r"\boxed " + "9" * 5000, "9" * 1000),
+        ("#### 5\nUser: and now?\n#### 2", "2"), ("#### 5\n\nProblem 2. 1 + 1?\n#### 2", "2"),
+    ],
+}
 
-    def download(repo, name, repo_type):
-        asked.append((repo, name, repo_type))
-        raise ConnectionError("no network\nand more")
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    file = "hf://datasets/meta-math/MetaMathQA/a/b.json"
-    with pytest.raises(OSError, match=f"cannot fetch {file}: no network$"):
-        data.read_problems(file)
-    assert asked == [("meta-math/MetaMathQA", "a/b.json", "dataset")]
+@pytest.mark.parametrize("right", [True, False])
+def test_the_core_compares_text_and_numbers(right):
+    assert not [case for case in PLAIN[right] if data.correct(*case) is not right]

@@ -63,6 +63,20 @@ def test_greedy_continuation(name, device):
     assert new.tolist() == expected["greedy"].tolist()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_decode_steps(name, device):
+    """The same without sample.py: a prefill, then one decode step after the other."""
+    model, expected = load(name, device)
+    tokens, length = expected["tokens"], expected["greedy"].shape[1]
+    cache = model.new_cache(len(tokens), tokens.shape[1] + length)
+    logits = model.logits(model.model(tokens, cache)[:, -1])
+    new = []
+    for _ in range(length):
+        new.append(logits.argmax(dim=-1))
+        logits = model.decode(new[-1], cache)
+    assert torch.stack(new, dim=1).tolist() == expected["greedy"].tolist()
+
+
 @pytest.mark.parametrize("name, change", [
     ("mistral", {"windows": (7, 7)}), ("mistral", {"windows": (6, 5)}),
     ("qwen3", {"windows": (6, 6, 6)}), ("gemma2", {"windows": (None, 6, None)}),
@@ -120,6 +134,7 @@ def refused(change, name="llama-tied"):
     ({"torch_dtype": "float8_e4m3fn"}, "'float8_e4m3fn'"),
     ({"mlp_bias": True}, "mlp_bias"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ({"quantization": {"bits": 4, "group_size": 64}}, "quantization is not"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ({"layer_types": ["full_attention"]}, "1 layer_types for 2 layers"),
     ({"hidden_size": None}, "'hidden_size'"),

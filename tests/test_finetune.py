@@ -3,8 +3,10 @@
 import hashlib
 import importlib.util
 import json
+import math
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import caprese
 import data
 import sample
 from model import Transformer
@@ -103,24 +106,92 @@ def test_the_folder_is_a_model_that_has_learned(finetune, samples, tmp_path, mon
     assert not list(tmp_path.glob("*.state"))
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(finetune, samples, tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(finetune, monkeypatch, *flags(samples, whole))
-    backward, calls = finetune.backward, []
+def interrupt(finetune, monkeypatch, *words):
+    """Fine-tune, and be told to stop after one step or two of three."""
+    calls = []
 
     def interrupted(*args):
         calls.append(args)
-        if len(calls) == 4:  # in the second step
+        if len(calls) == 4:
             raise KeyboardInterrupt
         return backward(*args)
 
-    monkeypatch.setattr(finetune, "backward", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(finetune, monkeypatch, *flags(samples, parts))
-    with pytest.raises(ValueError, match="--resume"):
-        run(finetune, monkeypatch, *flags(samples, parts))
-    run(finetune, monkeypatch, *flags(samples, parts), "--resume")
+    backward = finetune.backward
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "backward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(finetune, patch, *words)
+
+
+@pytest.mark.parametrize("more", [(), ("--resume",)], ids=["same-command", "resume"])
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_weights(finetune, samples, tmp_path,
+                                                                   monkeypatch, capsys, more):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(finetune, monkeypatch, *flags(samples, whole))
+    interrupt(finetune, monkeypatch, *flags(samples, parts))
+    capsys.readouterr()
+    run(finetune, monkeypatch, *flags(samples, parts), *more)
+    assert re.search("fine-tuning, step [12];", capsys.readouterr().out)  # by the batches' order
     assert (whole / "model.safetensors").read_bytes() == (parts / "model.safetensors").read_bytes()
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_an_interrupted_run_does_not_go_on_with_something_else(finetune, samples, tmp_path,
+                                                               monkeypatch, capsys):
+    words = flags(samples, tmp_path / "model")
+    with pytest.raises(ValueError, match="nothing to resume"):
+        run(finetune, monkeypatch, *words, "--resume")
+    interrupt(finetune, monkeypatch, *words)
+    for changed, message in ((("--lr", 1e-4), "lr"), (("--epochs", 2), "epochs"),
+                             (("--samples", 6), "training samples")):
+        with pytest.raises(ValueError, match=f"another {message};.*--fresh"):
+            run(finetune, monkeypatch, *words, *changed)
+    run(finetune, monkeypatch, *words, "--samples", 6, "--fresh")
+    assert "Going on" not in capsys.readouterr().out.rpartition("Fine-tuning")[0]
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("spelling", ["plain", "relative", "link", "data"])
+def test_an_output_that_is_an_input_is_refused_at_the_start(finetune, samples, tmp_path,
+                                                            monkeypatch, spelling):
+    folder = tmp_path / "model"
+    shutil.copytree(sample.BUNDLED, folder)
+    (tmp_path / "link").symlink_to(folder)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    monkeypatch.chdir(tmp_path)
+    out = {"plain": folder, "relative": "./model/../model", "link": "link", "data": samples}
+    words = [*flags(samples, out[spelling]), "--model", folder]
+    with pytest.raises(ValueError, match="also an input"):
+        run(finetune, monkeypatch, *words)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_the_bundled_model_is_the_default(finetune, samples, tmp_path, monkeypatch):
+    for name, words in (("default", flags(samples, tmp_path / "default")[2:]),
+                        ("named", flags(samples, tmp_path / "named"))):
+        run(finetune, monkeypatch, *words, "--samples", 3)
+    contents = [(tmp_path / name / "model.safetensors").read_bytes()
+                for name in ("default", "named")]
+    assert contents[0] == contents[1]
+
+
+def test_a_step_that_is_no_number_ends_the_run_and_keeps_the_last_state(finetune, samples, tmp_path,
+                                                                        monkeypatch):
+    backward, calls = finetune.backward, []
+
+    def damaged(model, *args):
+        calls.append(args)
+        loss = backward(model, *args)
+        if len(calls) == 3:  # in the second step
+            model.model.norm.weight.grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(finetune, "backward", damaged)
+    with pytest.raises(ValueError, match="not finite in torch.bfloat16"):
+        run(finetune, monkeypatch, *flags(samples, tmp_path / "model"))
+    tensors, about = caprese.load_tensors(tmp_path / "model.state")
+    assert about["step"] == 1 and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 def test_evaluation_problems_are_left_out(finetune, samples, tmp_path, capsys):

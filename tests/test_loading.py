@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
 SHARD = "model-00002-of-00003.safetensors"
 NAME = "model.layers.1.mlp.up_proj.weight"
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345678\n"
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_changing_the_weights_leaves_the_file_alone(folder):
 
 
 def test_what_follows_from_the_rest_is_passed_over(tmp_path):
-    """Some converters store a tied head, and old ones the rotary table."""
+    """Some converters store a tied head as well, and old ones the rotary table."""
     folder = shutil.copytree(FIXTURES / "llama-tied", tmp_path / "tied")
 
     def add(state):
@@ -95,29 +96,259 @@ def test_what_follows_from_the_rest_is_passed_over(tmp_path):
     assert "lm_head.weight" not in model.state_dict()
 
 
+def tied_head(folder, change):
+    """Store change(embedding) as lm_head.weight beside the embedding."""
+    def add(state):
+        state["lm_head.weight"] = change(state["model.embed_tokens.weight"])
+    rewrite(folder / "model.safetensors", add)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    return Path(shutil.copytree(FIXTURES / "llama-tied", tmp_path / "tied"))
+
+
+def same_as_stored(folder):
+    """The model of a folder gives the logits that its fixture had, in float32."""
+    expected = load_file(folder / "expected.safetensors")
+    model = Transformer.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(model(expected["tokens"]), expected["logits"], rtol=0, atol=1e-4)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2.5", "qwen3", "gemma2-uncapped"])
+def test_a_tied_model_under_the_heads_name_alone(tmp_path, name):
+    folder = Path(shutil.copytree(FIXTURES / name, tmp_path / "tied"))
+
+    def rename(state):
+        state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    rewrite(folder / "model.safetensors", rename)
+    model = same_as_stored(folder)
+    assert model.config.tie_word_embeddings and "lm_head.weight" not in model.state_dict()
+
+
+@pytest.mark.parametrize("change", [
+    lambda embedding: -embedding, lambda embedding: embedding + 2 ** -6,
+    lambda embedding: torch.cat((embedding[:-1], 1 - embedding[-1:]))])
+def test_a_head_that_differs_from_the_tied_embedding_is_used(tied, change):
+    """As in transformers: what is stored counts, whatever config.json says."""
+    tied_head(tied, change)
+    model = Transformer.from_pretrained(tied, dtype=torch.float32)
+    state = load_file(tied / "model.safetensors")
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"].float())
+    assert torch.equal(model.model.embed_tokens.weight, state["model.embed_tokens.weight"].float())
+    tokens = torch.arange(8)[None]
+    hidden_states = model.model(tokens)
+    expected = hidden_states @ state["lm_head.weight"].float().T
+    torch.testing.assert_close(model(tokens), expected, rtol=1e-5, atol=1e-5)
+    assert not model.config.tie_word_embeddings
+
+
+def test_a_head_of_another_shape_is_refused(tied):
+    tied_head(tied, lambda embedding: embedding[:-1].clone())
+    assert "lm_head.weight is [71, 24] in the files, but [72, 24]" in failure(tied)
+
+
+# ---- which files are read
+
+def write_index(folder, weight_map):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def spoilt(state):
+    """Weights of the same names and shapes with other values."""
+    return {name: -tensor for name, tensor in state.items()}
+
+
+def stale_shards(folder):
+    """Shards of an older save, in other numbers."""
+    state = spoilt(load_file(FIXTURES / "llama-bias" / SHARD))
+    for name in ("model-00001-of-00002", "model-00002-of-00002"):
+        save_file(state, folder / f"{name}.safetensors")
+
+
+def stale_single(folder):
+    save_file(spoilt(load_file(FIXTURES / "llama-bias" / SHARD)), folder / "model.safetensors")
+
+
+def stale_variant(folder):
+    for file in sorted(FIXTURES.glob("llama-bias/model-*.safetensors")):
+        name = file.name.replace("model-", "model.fp16-")
+        save_file(spoilt(load_file(file)), folder / name)
+
+
+def damaged_neighbour(folder):
+    (folder / "model-extra.safetensors").write_bytes(b"cut")
+
+
+@pytest.mark.parametrize("add", [stale_shards, stale_single, stale_variant, damaged_neighbour])
+def test_what_the_index_does_not_name_is_not_read(sharded, add):
+    add(sharded)
+    same_as_stored(sharded)
+
+
+def test_the_index_names_files_whatever_they_are_called(sharded):
+    weight_map = {}
+    for i, file in enumerate(sorted(sharded.glob("model-*.safetensors"))):
+        weight_map |= dict.fromkeys(load_file(file), f"part{i}.safetensors")
+        file.rename(sharded / f"part{i}.safetensors")
+    write_index(sharded, weight_map)
+    same_as_stored(sharded)
+
+
+def test_a_tied_head_alone_in_shards(tied):
+    state = load_file(tied / "model.safetensors")
+    state["lm_head.weight"] = state.pop("model.embed_tokens.weight")
+    names = sorted(state)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: state[name] for name in part}, tied / file)
+    (tied / "model.safetensors").unlink()
+    write_index(tied, {name: file for file, part in parts.items() for name in part})
+    same_as_stored(tied)
+
+
+@pytest.mark.parametrize("variant", ["model.fp16.safetensors", "model.bf16.safetensors",
+                                     "model.fp16-00001-of-00001.safetensors", "model2.safetensors",
+                                     "model-00001-of-00001.safetensors"])
+def test_a_variant_beside_the_plain_file_is_not_read(folder, variant):
+    save_file(spoilt(load_file(folder / "model.safetensors")), folder / variant)
+    same_as_stored(folder)
+
+
+def test_a_variant_alone_is_read(folder):
+    (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
+    same_as_stored(folder)
+
+
+def test_shards_without_an_index_are_read(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    same_as_stored(sharded)
+
+
+@pytest.mark.parametrize("add", [stale_shards, stale_variant])
+def test_files_that_do_not_belong_together_are_refused(sharded, add):
+    (sharded / "model.safetensors.index.json").unlink()
+    add(sharded)
+    says = failure(sharded)
+    assert "needs model.safetensors.index.json to say which" in says and SHARD in says
+
+
+def test_a_tensor_in_two_files_is_refused(sharded):
+    first = sharded / SHARD.replace("00002-of", "00001-of")
+    name = next(iter(load_file(sharded / SHARD)))
+    rewrite(first, lambda state: state.update({name: torch.ones(2)}))
+    assert f"{sharded / SHARD}: {name} is in another file as well" in failure(sharded)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": null}', '{"weight_map": []}',
+                                     '{"weight_map": "x"}', '{"weight_map": {"a": 3}}',
+                                     '{"weight_map": {"a": ["b"]}}'])
+def test_an_index_without_a_weight_map(sharded, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    says = failure(sharded)
+    assert "model.safetensors.index.json has no weight_map" in says and "fetch it again" in says
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_git_lfs_pointer(folder, name):
+    (folder / name).write_text(POINTER)
+    says = failure(folder)
+    assert f"{folder / name} is only a Git LFS pointer" in says and "`git lfs pull`" in says
+
+
+@pytest.mark.parametrize("name", [SHARD, "model.safetensors.index.json"])
+def test_a_git_lfs_pointer_among_shards(sharded, name):
+    (sharded / name).write_text(POINTER)
+    says = failure(sharded)
+    assert f"{sharded / name} is only a Git LFS pointer" in says and "`git lfs pull`" in says
+
+
+@pytest.mark.parametrize("files, says", [
+    (["adapter_config.json", "adapter_model.safetensors"], ["PEFT adapter", "merge_and_unload()"]),
+    (["adapter_config.json", "config.json", "model.safetensors"], ["PEFT adapter"]),
+    (["config.json", "tiny-q4_k_m.gguf"], ["GGUF", "made from"]),
+    (["tiny.gguf"], ["GGUF", "made from"]),
+    (["config.json", "pytorch_model.bin"], ["pickle", "save_pretrained()"]),
+    (["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+     ["pickle", "save_pretrained()"]),
+    (["params.json", "consolidated.00.pth", "tokenizer.model"], ["pickle", "save_pretrained()"]),
+    (["config.json", "model.pt"], ["pickle", "save_pretrained()"]),
+    (["config.json", "consolidated.safetensors"], ["model*.safetensors is not there"]),
+    (["config.json", "tokenizer.json"], ["model*.safetensors is not there"]),
+    (["tokenizer.model"], ["model*.safetensors is not there"]),
+    (["model.safetensors"], ["config.json is not there"]),
+    ([], ["is not there", "config.json and the safetensors"]),
+])
+@pytest.mark.parametrize("load", [Transformer.from_pretrained, resolve])
+def test_a_folder_of_another_kind_is_named(tmp_path, files, says, load):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    line = failure(tmp_path, OSError, load)
+    assert str(tmp_path) in line and all(words in line for words in says)
+
+
+def test_other_weights_beside_the_safetensors_do_no_harm(folder):
+    for name in ("pytorch_model.bin", "original.pth", "tiny.gguf", "training_args.bin"):
+        (folder / name).touch()
+    same_as_stored(folder)
+
+
+@pytest.mark.parametrize("name", ["absent.gguf", "tiny.Q4_K_M.gguf", "TINY.GGUF"])
+def test_a_gguf_file(tmp_path, name):
+    if name != "absent.gguf":
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert "is a GGUF file, which is not read" in failure(tmp_path / name, OSError, resolve)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("said", ["float64", "float32"])
+def test_a_checkpoint_in_float64(folder, said, dtype):
+    config = read_json(folder / "config.json") | {"torch_dtype": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    rewrite(folder / "model.safetensors",
+            lambda state: state.update({name: t.double() for name, t in state.items()}))
+    model = Transformer.from_pretrained(folder, dtype=dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype or getattr(torch, said)}
+    expected = load_file(folder / "expected.safetensors")
+    if dtype != torch.bfloat16:
+        torch.testing.assert_close(model(expected["tokens"]).float(), expected["logits"], rtol=0,
+                                   atol=1e-4)
+
+
+# ---- what is missing or damaged
+
 def test_missing_tensor(folder, sharded):
     rewrite(folder / "model.safetensors", lambda state: state.pop(NAME))
     says = failure(folder)
-    assert str(folder) in says and f"lacks 1 tensors, {NAME} first" in says
-    count = len(load_file(sharded / SHARD))
+    assert f"{folder}: {NAME} is missing in the files, but [32, 24] by config.json" in says
+    names = set(load_file(sharded / SHARD))
     first = next(iter(load_file(sharded / SHARD)))
 
     def keep_first(state):
         for name in set(state) - {first}:
             del state[name]
     rewrite(sharded / SHARD, keep_first)
-    assert f"lacks {count - 1} tensors" in failure(sharded)
+    says = failure(sharded)
+    assert any(f"{sharded}: {name} is missing in the files" in says for name in names - {first})
+
+
+def test_a_missing_head(folder):
+    rewrite(folder / "model.safetensors", lambda state: state.pop("lm_head.weight"))
+    assert "lm_head.weight is missing in the files, but [72, 24] by config" in failure(folder)
 
 
 @pytest.mark.parametrize("name, tensor, says", [
-    ("model.layers.2.mlp.up_proj.weight", torch.ones(2), ["unexpected tensor"]),
-    (NAME, torch.ones(24, 32), ["float32 [24, 32]", "must be floats [32, 24]"]),
-    (NAME, torch.ones(32, 24, dtype=torch.int8), ["int8 [32, 24]", "must be floats [32, 24]"]),
+    ("model.layers.2.mlp.up_proj.weight", torch.ones(2), [" is [2] in", "but unknown"]),
+    (NAME, torch.ones(24, 32), [" is [24, 32] in the files", "but [32, 24] by config.json"]),
+    (NAME, torch.ones(32, 24, dtype=torch.int8), ["model.safetensors", "int8", "only weights in"]),
+    (NAME, torch.ones(32, 24).to(torch.float8_e4m3fn), ["float8_e4m3fn", "only weights in"]),
+    (NAME + "_scale", torch.ones(32, 1), [" is [32, 1] in", "but unknown"]),
 ])
 def test_a_wrong_tensor_is_named(folder, name, tensor, says):
     rewrite(folder / "model.safetensors", lambda state: state.update({name: tensor}))
     line = failure(folder)
-    assert all(words in line for words in ["model.safetensors", name, *says])
+    assert all(words in line for words in [str(folder), name, *says])
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -100])
@@ -126,34 +357,48 @@ def test_truncated_shard(sharded, keep):
     whole = (sharded / SHARD).read_bytes()
     (sharded / SHARD).write_bytes(whole[:keep])
     says = failure(sharded)
-    assert SHARD in says and "damaged" in says
+    assert SHARD in says and "is cut off" in says and "fetch it again" in says
+
+
+@pytest.mark.parametrize("content", [b"<!DOCTYPE html><html>", b"PK\x03\x04" + bytes(60)])
+def test_a_file_of_another_format(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    says = failure(folder)
+    assert str(folder / "model.safetensors") in says and "no safetensors file" in says
 
 
 def test_a_missing_shard(sharded):
-    """All model*.safetensors are read, whatever the index says; the first missing tensor tells."""
+    (sharded / SHARD).unlink()
+    says = failure(sharded, FileNotFoundError)
+    assert f"{sharded / SHARD} is not there, but model.safetensors.index.json names it" in says
+
+
+def test_a_missing_shard_without_an_index(sharded):
     lost = load_file(sharded / SHARD)
     (sharded / SHARD).unlink()
+    (sharded / "model.safetensors.index.json").unlink()
     says = failure(sharded)
-    assert str(sharded) in says and f"lacks {len(lost)} tensors" in says
-    assert any(f"{name} first; is a file missing?" in says for name in lost)
-
-
-def test_no_weights(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").touch()
-    assert "no model*.safetensors" in failure(folder, FileNotFoundError)
-
-
-def test_no_config(folder):
-    (folder / "config.json").unlink()
-    assert str(folder / "config.json") in failure(folder, FileNotFoundError)
+    assert any(f"{sharded}: {name} is missing in the files" in says for name in lost)
+    assert "is a file missing" in says
 
 
 @pytest.mark.parametrize("text, says", [
-    (b"{", "not valid JSON"), (b"\xff", "not valid JSON"), (b"[]", "'list' object")])
+    (b"{", "is not valid JSON (Expecting property name"), (b"", "is not valid JSON"),
+    (b"<html>", "is not valid JSON"), (b"\xff", "is not text in UTF-8; save it so"),
+    ('{"model_type": "llama"}'.encode("utf-16"), "is not text in UTF-8; save it so"),
+    (b"[]", "must be a JSON object"), (b"3", "must be a JSON object"),
+    (b"null", "must be a JSON object")])
 def test_bad_json(folder, text, says):
     (folder / "config.json").write_bytes(text)
     assert f"{folder / 'config.json'}" in failure(folder) and says in failure(folder)
+    assert "codec" not in failure(folder)
+
+
+def test_json_with_a_byte_order_mark(folder):
+    """As editors on Windows save it."""
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(text, encoding="utf-8-sig")
+    same_as_stored(folder)
 
 
 def test_refused_config_names_the_folder(folder):
@@ -299,15 +544,15 @@ def test_no_huggingface_hub(monkeypatch):
     assert "huggingface_hub" in failure("someone/model", OSError, resolve)
 
 
-def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path):
-    calls = hub(monkeypatch, str(tmp_path))
-    assert resolve("Qwen/Qwen2.5-1.5B-Instruct") == tmp_path
+def test_only_what_is_needed_is_fetched(monkeypatch, folder):
+    calls = hub(monkeypatch, str(folder))
+    assert resolve("Qwen/Qwen2.5-1.5B-Instruct") == folder
     (args, kwargs), = calls
     assert args == ("Qwen/Qwen2.5-1.5B-Instruct",)
     needed = ["config.json", "generation_config.json", "model.safetensors",
               "model-00001-of-00002.safetensors", "tokenizer.json", "tokenizer_config.json",
-              "chat_template.jinja"]
-    others = ["model.safetensors.index.json", "pytorch_model.bin",
+              "chat_template.jinja", "model.safetensors.index.json", "adapter_config.json"]
+    others = ["pytorch_model.bin",
               "pytorch_model.bin.index.json", "consolidated.safetensors",
               "tokenizer.model", "original/consolidated.00.pth", "model.onnx", "modeling_custom.py",
               "README.md", "training_args.bin"]
@@ -321,7 +566,7 @@ def test_only_what_is_needed_is_fetched(monkeypatch, tmp_path):
 def test_a_path_is_not_looked_up_on_the_hub(monkeypatch, tmp_path, path):
     monkeypatch.chdir(tmp_path)
     calls = hub(monkeypatch, str(tmp_path))
-    if path == "":  # the current folder, which holds no config
+    if path == "":  # the current folder, which holds no model
         assert "config.json" in failure(path, FileNotFoundError)
     else:
         assert "is not a folder" in failure(path, FileNotFoundError, resolve)
@@ -332,8 +577,14 @@ def test_a_file_is_not_a_folder(folder):
     assert "is not a folder" in failure(folder / "model.safetensors", OSError, resolve)
 
 
+def test_a_repo_of_another_kind_is_named(monkeypatch, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    hub(monkeypatch, str(tmp_path))
+    assert "PEFT adapter" in failure("someone/lora", OSError, resolve)
+
+
 def test_a_folder_comes_before_the_hub(monkeypatch, tmp_path):
-    (tmp_path / "someone" / "model").mkdir(parents=True)
+    shutil.copytree(FIXTURES / "llama-tied", tmp_path / "someone" / "model")
     monkeypatch.chdir(tmp_path)
     calls = hub(monkeypatch, "elsewhere")
     assert resolve("someone/model") == Path("someone/model")

@@ -1,13 +1,11 @@
 """The scripts of paper/: python -m pytest tests/test_paper.py"""
 
-import ast
 import gzip
 import importlib
 import importlib.util
 import itertools
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -21,15 +19,17 @@ import caprese
 import data
 import distill
 import sample
-from paper import (common, experiment, figure2_residual, figure3_coverage, figure8_spectrum,
-                   recount, scores)
-from paper.__main__ import SCRIPTS
-from paper.experiment import BOTH_STAGES, BUNDLED_CATS_DENSITY, E2E, LAYERWISE, Experiment, Variant
+from paper import __main__ as paper_main
+from paper import common, figure2_residual, figure3_coverage, figure8_spectrum, recount, scores
+from paper.common import BUNDLED_CATS_DENSITY, Experiment, Variant
 from paper.lora import LoRAFF
+from paper.oracle import OracleFF
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--limit", "3", "--samples", "16", "--rank", "4", "--method", "griffin",
         "--max-new-tokens", "8"]
+GRIFFIN = Variant("GRIFFIN", caprese.GRIFFIN, 0.5)
+CATS = Variant("CATS", caprese.CATS, 0.1)
 TOTALS = {  # parameters that the models' own cards and checkpoints state
     "r1-distill-qwen-1.5b": 1777088000, "r1-distill-qwen-7b": 7615616512,
     "r1-distill-qwen-14b": 14770033664, "qwen2.5-14b": 14770033664, "llama-3.2-1b": 1235814400,
@@ -37,22 +37,35 @@ TOTALS = {  # parameters that the models' own cards and checkpoints state
     "gemma-2-9b": 9241705984, "smollm2-135m": 134515008}
 
 
-def settings(name, *flags):
+
+def settings(*flags, **defaults):
     """The settings of a script for these flags."""
-    script = importlib.import_module(f"paper.{name}")
-    return common.fill_defaults(common.arguments([*TINY, *flags], script), script)
+    return common.arguments("paper.test", "A test.", [*TINY, *flags], **defaults)
 
 
-def make(tmp_path, *flags, name="table1_accuracy", load=True):
-    """An Experiment on the bundled model with tiny settings, whose files are in tmp_path."""
-    args = settings(name, "--out", str(tmp_path), *flags)
-    return Experiment(args, common.read_inputs(args), load)
+def make(folder, *flags):
+    """An Experiment on the bundled model with tiny settings, whose files are in a folder."""
+    return Experiment(settings("--out", str(folder), *flags))
+
+
+def run(name, *flags):
+    """The result of a script, as --json prints it."""
+    return importlib.import_module(f"paper.{name}").main(list(flags))
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
-    """One --out folder for all scripts, so that each adapter is trained once."""
+    """One --out folder for all scripts, so that each adapter is learned once."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def stub(monkeypatch):
+    """A tiny random model in place of the bundled one, with the bundled tokenizer."""
+    tokenizer = data.Tokenizer(sample.BUNDLED)
+    size = tokenizer.tokenizer.get_vocab_size()
+    monkeypatch.setattr(sample, "load", lambda args: (
+        tiny.model(vocab_size=size, max_position_embeddings=512), tokenizer))
 
 
 def write(file, rows):
@@ -86,29 +99,40 @@ def test_each_kind_of_problem_has_its_score():
     assert scores.scores(article, "a b\n### c")["rougeL"] == 1
 
 
-def test_gpqa_rows_become_multiple_choice(tmp_path):
-    wrong = {f"Incorrect Answer {i}": f"no{i}" for i in (1, 2, 3)}
-    rows = [{"Question": f"q{i}", "Correct Answer": "yes"} | wrong for i in range(8)]
-    file = write(tmp_path / "gpqa.jsonl", rows + [{"question": "1 + 1", "answer": "2"}])
-    problems = data.read_problems(file, evaluation=True, parse=scores.read_row)
-    assert [p.kind for p in problems] == ["choice"] * 8 + ["maths"]
-    for problem in problems[:8]:
-        assert f"({problem.answer}) yes" in problem.question and "(D) " in problem.question
-    assert len({problem.answer for problem in problems[:8]}) > 1
-    again = data.read_problems(file, evaluation=True, parse=scores.read_row)
-    assert [p.question for p in again] == [p.question for p in problems]
+def test_the_standard_error_is_wilsons_and_never_zero():
+    for right, n in ((0, 5), (3, 5), (5, 5), (40, 40), (1, 1)):
+        values = [1.0] * right + [0.0] * (n - right)
+        assert scores.standard_error(values) == pytest.approx(sample.standard_error(right / n, n))
+        assert scores.standard_error(values) > 0
+    values = [0.2, 0.3] * 5000  # of other values it is that of their own spread
+    assert scores.standard_error(values) == pytest.approx(0.05 / 100, rel=0.01)
+    assert scores.standard_error([0.7]) == 0.5  # one value says nothing
 
 
-def test_summary_knows_one_run_from_several():
-    def answer(run, accuracy):
-        return {"run": run, "accuracy": accuracy, "tokens": 10}
+def test_several_runs_of_one_problem_are_one_value():
+    def answer(problem, run, accuracy):
+        return {"problem": problem, "run": run, "accuracy": accuracy, "tokens": 10 + run}
 
-    one = scores.summary([answer(0, 1.0), answer(0, 1.0), answer(0, 0.0), answer(0, 1.0)])
-    deviation = 100 * (0.75 * 0.25 / 4) ** 0.5  # binomial
-    assert one == pytest.approx({"accuracy %": 75, "accuracy ±": deviation, "tokens": 10})
-    two = scores.summary([answer(0, 1.0), answer(0, 1.0), answer(1, 1.0), answer(1, 0.0)], "x ")
-    deviation = 100 * 0.125 ** 0.5  # of 1 and 0.5, the means of the runs
-    assert two == pytest.approx({"x accuracy %": 75, "x accuracy ±": deviation, "x tokens": 10})
+    one = scores.summary([answer(i, 0, float(i < 3)) for i in range(4)])
+    error = 100 * sample.standard_error(0.75, 4)
+    assert one == pytest.approx({"accuracy %": 75, "accuracy ±": error, "tokens": 10})
+    same = [answer(i, run, float(i < 3)) for i in range(4) for run in range(3)]
+    three = scores.summary(same, "x ")  # the same verdict three times makes nothing surer
+    assert three == pytest.approx({"x accuracy %": 75, "x accuracy ±": error, "x tokens": 11})
+    mixed = scores.summary([answer(i, run, float(i < run)) for i in range(3) for run in range(3)])
+    assert mixed["accuracy %"] == pytest.approx(100 / 3)  # of 2/3, 1/3 and 0
+    assert mixed["accuracy ±"] == pytest.approx(100 / 3 / 3 ** 0.5)
+
+
+def test_times_are_ratios_of_sums_with_the_spread_of_the_answers():
+    seconds, tokens, right = [1.0, 2.0, 3.0], [10, 20, 30], [1.0, 0.0, 1.0]
+    found = scores.timing(seconds, tokens, right)
+    assert found["ms per token"] == pytest.approx(100)
+    assert found["ms per token ±"] == pytest.approx(0, abs=1e-9)  # every answer has the same ratio
+    assert found["seconds"] == 2 and found["seconds ±"] == pytest.approx(1 / 3 ** 0.5)
+    assert found["seconds to a right answer"] == 3 and found["seconds to a right answer ±"] > 0
+    none = scores.timing(seconds, tokens, [0.0] * 3)
+    assert none["seconds to a right answer"] is None
 
 
 def test_pass_at_k_equals_brute_force():
@@ -143,10 +167,10 @@ def test_linear_energy_is_the_error_of_the_map():
     torch.testing.assert_close(found, (e - x @ M).square().sum())
 
 
-@pytest.mark.parametrize("method", ["topk", "griffin", "cats"])
+@pytest.mark.parametrize("method", [OracleFF, "griffin", "cats"])
 def test_moments_are_sums_over_the_response_tokens(method):
     """Against the layers' own outputs, sample by sample, without padding."""
-    model = caprese.attach(tiny.model(), method, 0.4, range(4))
+    model = caprese.attach(tiny.model(), method, 0.4, "all")
     samples = [([5, 6, 7], [8, 9, 10, 11]), ([3, 4], [1, 2])]
     found = figure2_residual.moments(model, samples)
     for i, ff in caprese.sparse_layers(model).items():
@@ -158,7 +182,7 @@ def test_moments_are_sums_over_the_response_tokens(method):
             handle.remove()
             generated = torch.arange(tokens.shape[1])[None] >= len(prompt)
             x, full = inputs[0], ff(inputs[0])
-            with caprese.phase(model, "mixed", generated):
+            with caprese.phase(model, "teacher_forced", generated=generated):
                 e = (full - ff(x))[generated].double()
             x = x[generated].double()
             A, C, E = A + x.T @ x, C + x.T @ e, E + e.T @ e
@@ -174,13 +198,21 @@ def test_singular_values_are_those_of_the_product():
     torch.testing.assert_close(figure8_spectrum.singular_values(L, R), expected)
 
 
+def test_what_is_unexplained_has_the_mean_of_distills():
+    model = tiny.fill(caprese.attach(tiny.model(), "griffin", 0.4, "all", rank=4))
+    samples = [([5, 6, 7], [8, 9, 10, 11]), ([3, 4], [1, 2])]
+    found = figure8_spectrum.unexplained_by_layer(model, samples)
+    assert list(found) == [0, 1, 2, 3] and len(set(found.values())) == 4
+    assert sum(found.values()) / 4 == pytest.approx(distill.unexplained(model, samples))
+
+
 # ---- figure 6
 
 def test_figure6_agrees_with_the_paper(capsys):
-    result = common.run(["figure6_parameters"], ["--json", "--device", "cpu"])
+    result = run("figure6_parameters", "--json", "--device", "cpu")
     printed = capsys.readouterr()
     assert json.loads(printed.out) == result and "0.8 to 1.3" in printed.err
-    rows = {row["model"]: row for row in result["figure6_parameters"]["rows"]}
+    rows = {row["model"]: row for row in result["rows"]}
     totals = {name: round(row["parameters (M)"] * 1e6) for name, row in rows.items()}
     assert totals == TOTALS and set(rows) == set(bench.SHAPES)
     everywhere = {name: row["all layers %"] for name, row in rows.items()}
@@ -192,185 +224,295 @@ def test_figure6_agrees_with_the_paper(capsys):
 
 # ---- answers that are kept
 
-def test_batches_hold_every_job_once_and_runs_of_one_problem_together():
-    jobs = [(i, run) for i in range(5) for run in range(3)]
-    found = experiment.batches(jobs, 2, runs=3)
-    assert sum(found, []) == jobs
-    for batch in found:
-        assert len(batch) <= 2 and len({i for i, _ in batch}) == 1
-    of_one_run = experiment.batches([(i, 0) for i in range(5)], 2, runs=1)
-    assert [len(batch) for batch in of_one_run] == [2, 2, 1]
-
-
 def without_seconds(answers):
-    return [{key: value for key, value in a.items() if key != "seconds"} for a in answers]
+    return [{key: value for key, value in a.items() if key not in ("seconds", "set")}
+            for a in answers]
 
 
 @pytest.mark.parametrize("runs, cut", [(1, 0), (1, 1), (3, 0)])
-def test_a_killed_run_continues_to_the_same_answers(tmp_path, monkeypatch, runs, cut):
+def test_a_killed_run_goes_on_to_the_same_answers(tmp_path, stub, monkeypatch, runs, cut):
     """Killed within a line, also within a batch: the batches that are incomplete are decoded."""
     found = make(tmp_path, "--temperature", "0.9", "--runs", str(runs), "--batch-size", "2")
-    variant = Variant("CATS", "cats", density=0.1)
     problems = data.problems("maths", 6, 5, evaluation=True)
-    whole = found.answers(variant, "maths", problems)
+    whole = found.answers(CATS, "maths", problems)
+    assert [(a["problem"], a["run"]) for a in whole] == [
+        (i, run) for i in range(6) for run in range(runs)]
+    assert len({a["response"] for a in whole}) > 3
     assert (found.count, found.reused) == (6 * runs, 0)
     file, = tmp_path.glob("maths-cats-*.jsonl")
     lines = file.read_bytes().splitlines(keepends=True)
     assert len(lines) == 6 * runs
-    complete = 4 if runs == 1 else 3  # lines of the first two batches
-    kept = complete + cut  # cut: the first line of the third batch is complete as well
+    kept = 4 + cut  # lines of the first two batches; cut: the first one of the third as well
     file.write_bytes(b"".join(lines[:kept]) + lines[kept][:17])
     decoded, decode = [], found.decode
-    monkeypatch.setattr(found, "decode", lambda questions, *rest: decoded.extend(questions)
-                        or decode(questions, *rest))
-    assert without_seconds(found.answers(variant, "maths", problems)) == without_seconds(whole)
-    assert len(decoded) == 6 * runs - complete
-    assert found.reused == complete
+
+    def spy(variant, problems, batch):
+        decoded.extend(batch)
+        return decode(variant, problems, batch)
+
+    monkeypatch.setattr(found, "decode", spy)
+    assert without_seconds(found.answers(CATS, "maths", problems)) == without_seconds(whole)
+    assert len(decoded) == 6 * runs - 4
+    assert found.reused == 4
     decoded.clear()
-    assert found.answers(variant, "maths", problems) and not decoded
-    assert found.reused == complete + 6 * runs
+    assert found.answers(CATS, "maths", problems) and not decoded
+    assert found.reused == 4 + 6 * runs
 
 
-def test_answers_to_other_questions_are_not_taken(tmp_path):
+def test_answers_to_other_questions_are_not_taken(tmp_path, stub):
     problems = data.problems("maths", 2, 5, evaluation=True)
-    found = make(tmp_path, "--max-new-tokens", "4")
+    found = make(tmp_path)
     found.answers(Variant("full"), "maths", problems)
     answers = found.answers(Variant("full"), "maths", problems[::-1])
     assert [a["question"] for a in answers] == [p.question for p in problems[::-1]]
+    other = [replace(problems[1], answer="77"), problems[0]]
+    assert found.answers(Variant("full"), "maths", other)[0]["answer"] == "77"
     assert found.reused == 0
 
 
-def test_a_file_of_answers_belongs_to_all_that_they_depend_on(tmp_path, monkeypatch):
+def test_answers_know_whether_they_ended(tmp_path):
+    """By a stop token, by --max-new-tokens, by the context, or not at all."""
+    problems = data.problems("maths", 2, 5, evaluation=True)
+    long = make(tmp_path / "long", "--max-new-tokens", "90")
+    assert [a["ended"] for a in long.answers(Variant("full"), "maths", problems)] == [True, True]
+    short = make(tmp_path / "short")
+    for answer in short.answers(Variant("full"), "maths", problems):
+        assert answer["tokens"] == 8 and not answer["ended"]
+    tight = make(tmp_path / "tight", "--max-new-tokens", "90")
+    prompts = [len(tight.tokenizer.prompt_ids(data.ask(problem))) for problem in problems]
+    tight.model.config.max_position_embeddings = max(prompts) + 4
+    cut = tight.answers(Variant("full"), "maths", problems)[prompts.index(max(prompts))]
+    assert cut["tokens"] == 4 and not cut["ended"]
+
+
+def test_the_names_of_kept_files_tell_variants_apart(tmp_path, monkeypatch):
+    learned = replace(GRIFFIN, rank=4, stages=("layer-wise",))
+    names = [variant.file_name() for variant in (
+        Variant("full"), GRIFFIN, CATS, replace(GRIFFIN, density=0.6),
+        replace(GRIFFIN, layers="all"), replace(GRIFFIN, reselect=8), learned,
+        replace(learned, rank=5),
+        replace(learned, stages=("E2E",)), replace(learned, stages=("layer-wise", "E2E")),
+        replace(learned, method=LoRAFF), Variant("x", adapter="x.safetensors"),
+        Variant("y", adapter="y.safetensors"))]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[\w.-]+", name) for name in names)
+    assert replace(GRIFFIN, name="renamed").file_name() == GRIFFIN.file_name()
+
+
+def test_a_class_that_was_edited_is_another_variant(tmp_path, monkeypatch):
+    """A fork must never read the answers of the code before; the other rows stay."""
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_fork.py"
+    file.write_text("import caprese\n\n\nclass Fork(caprese.GRIFFIN):\n    pass\n")
+    block = sample.import_block("edited_fork:Fork")
+    before = replace(GRIFFIN, method=block).file_name()
+    file.write_text(file.read_text() + "# edited\n")
+    after = replace(GRIFFIN, method=block).file_name()
+    assert before != after and before.startswith("edited_fork-Fork-")
+
+
+def test_settings_json_says_what_made_a_folder(tmp_path, stub):
     found = make(tmp_path)
-    griffin = Variant("GRIFFIN", "griffin", 0.5)
-
-    def file(variant=griffin, settings=None):
-        return found.file("maths", variant, settings, "jsonl")
-
-    first = file()
-    assert file() == first == file(replace(griffin, name="renamed"))
-    others = [file(replace(griffin, density=0.6)), file(replace(griffin, reselect=8)),
-              file(replace(griffin, rank=4)), file(replace(griffin, block=LoRAFF)),
-              file(replace(griffin, rank=4, stages=LAYERWISE)),
-              file(replace(griffin, rank=4, stages=E2E)),
-              file(replace(griffin, rank=4, stages=BOTH_STAGES)), file(settings="other")]
-    found.tokenizer.template = "other"
-    others.append(file())
-    found.tokenizer.template = None
-    weight = found.model.model.norm.weight
-    with torch.no_grad():
-        weight += 1
-    others.append(file())
-    assert len({first, *others}) == 1 + len(others)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert settings["model"] == caprese.fingerprint(found.model)
+    assert settings["commit"] == common.commit() and settings["samples"] == 16
+    make(tmp_path, "--limit", "2", "--density", "0.4", "--batch-size", "3")  # these stand in names
+    assert json.loads((tmp_path / "settings.json").read_text()) == settings
 
 
-@pytest.mark.parametrize("name", ["model.py", "caprese.py", "data.py", "sample.py", "distill.py"])
-def test_a_change_of_the_code_makes_other_files(tmp_path, monkeypatch, name):
-    """A fork that changes SparseFF must never read the answers of the code before."""
-    def files():
-        found = make(tmp_path)
-        trained = Variant("x", "griffin", 0.5, 4, LAYERWISE)
-        return [found.file("", variant, None, "x") for variant in (Variant("full"), trained)]
-
-    before, sources = files(), []
-    for file in experiment.SOURCES:
-        if file.name == name and file.parent == ROOT:
-            edited = tmp_path / name
-            edited.write_text(file.read_text() + "\n# edited\n")
-            file = edited
-        sources.append(file)
-    assert sources != experiment.SOURCES
-    assert files() == before
-    monkeypatch.setattr(experiment, "SOURCES", sources)
-    after = files()
-    assert before[0] != after[0] and before[1] != after[1]
+@pytest.mark.parametrize("flags, name", [
+    (["--seed", "1"], "seed"), (["--max-new-tokens", "9"], "max_new_tokens"),
+    (["--samples", "17"], "samples"), (["--layerwise", "adam"], "layerwise"),
+    (["--loss", "kl"], "loss"), (["--e2e-lr", "0.5"], "e2e_lr"),
+    (["--e2e-epochs", "2"], "e2e_epochs"), (["--e2e-batch-size", "2"], "e2e_batch_size"),
+    (["--paper"], "layerwise, e2e_lr, e2e_epochs, e2e_batch_size")])
+def test_a_run_with_other_settings_is_refused_by_name(tmp_path, stub, flags, name):
+    make(tmp_path)
+    before = (tmp_path / "settings.json").read_text()
+    with pytest.raises(ValueError, match=f"another {name}; give another --out") as error:
+        make(tmp_path, *flags)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "settings.json").read_text() == before
 
 
-def test_the_source_of_a_block_counts_for_its_variants_alone(tmp_path, monkeypatch):
-    found = make(tmp_path)
-    variants = [Variant("x", "griffin", 0.5, 4, E2E, block)
-                for block in (caprese.SparseFF, LoRAFF)]
-    before = [found.file("", variant, None, "x") for variant in variants]
-    edited = tmp_path / "lora.py"
-    edited.write_text((ROOT / "paper" / "lora.py").read_text() + "\n# edited\n")
-    find = experiment.inspect.getsourcefile
-    monkeypatch.setattr(experiment.inspect, "getsourcefile",
-                        lambda block: str(edited) if block is LoRAFF else find(block))
-    after = [found.file("", variant, None, "x") for variant in variants]
-    assert after[0] == before[0] and after[1] != before[1]
-
-
-def test_a_change_of_the_files_of_data_makes_other_files(tmp_path):
-    """Content counts, not names: of --data for answers, of --train and --adapter for variants."""
+def test_a_run_with_other_inputs_is_refused_by_name(tmp_path, monkeypatch):
+    """A file replaced under its name: of --data, --train, --adapter, or the model itself."""
     problems = data.problems("maths", 12, 5)
     rows = [{"question": p.question, "response": p.response, "answer": p.answer} for p in problems]
-    adapter = tmp_path / "a.safetensors"
-    flags = ["--model", str(sample.BUNDLED), "--dtype", "float32", "--max-new-tokens", "2",
-             "--data", write(tmp_path / "sums.jsonl", rows[:3]),
-             "--train", write(tmp_path / "train.jsonl", rows[4:]), "--adapter", str(adapter)]
-    trained = Variant("x", "griffin", 0.5, 4, LAYERWISE)
-    loaded = Variant("a", adapter=str(adapter))
+    adapter, folder = tmp_path / "a.safetensors", tmp_path / "runs"
+    model, tokenizer = sample.load(settings())
+    monkeypatch.setattr(sample, "load", lambda args: (model, tokenizer))
 
-    def files(seed):
-        model = caprese.attach(sample.load(settings("table1_accuracy"))[0], rank=4)
-        caprese.save_adapter(tiny.fill(model, seed), adapter)
-        found = make(tmp_path / "runs", *flags)
-        (tmp_path / "runs").mkdir(exist_ok=True)
-        found.answers(Variant("full"), "sums", found.problem_sets()["sums"])
-        return (len(list((tmp_path / "runs").glob("sums-full-*.jsonl"))), found.reused,
-                found.file("", trained, None, "x"), found.file("", loaded, None, "x"))
+    def new_adapter(seed):
+        caprese.save_adapter(tiny.fill(caprese.attach(model, rank=4), seed), adapter)
+        caprese.detach(model)
 
-    before = files(seed=1)
-    assert before[:2] == (1, 0)
-    assert files(seed=1) == (1, 3, *before[2:])  # --limit 3
-    write(tmp_path / "sums.jsonl", rows[:2] + [rows[2] | {"answer": "77"}])
-    assert files(seed=1) == (2, 0, *before[2:])
+    def again():
+        return make(folder, "--model", str(sample.BUNDLED), "--data", str(tmp_path / "sums.jsonl"),
+                    "--train", str(tmp_path / "train.jsonl"), "--adapter", str(adapter))
+
+    def refused(name):
+        with pytest.raises(ValueError, match=f"with another {name}; give another --out"):
+            again()
+
+    new_adapter(1)
+    write(tmp_path / "sums.jsonl", rows[:4])
+    write(tmp_path / "train.jsonl", rows[4:])
+    again()
+    again()
+    write(tmp_path / "sums.jsonl", rows[:3] + [rows[3] | {"answer": "77"}])
+    refused("data sums")
+    write(tmp_path / "sums.jsonl", rows[:4])
     write(tmp_path / "train.jsonl", rows[4:-1])
-    after = files(seed=2)
-    assert after[2] != before[2] and after[3] != before[3]
+    refused("training data")
+    write(tmp_path / "train.jsonl", rows[4:])
+    new_adapter(2)
+    refused("adapter a")
+    new_adapter(1)
+    again()
+    model.model.norm.weight.data += 1
+    new_adapter(1)
+    refused("adapter a, model")
 
 
-def test_a_learned_correction_is_read_again_and_the_same(tmp_path, monkeypatch):
+def test_a_folder_of_unknown_answers_is_refused(tmp_path, stub):
+    write(tmp_path / "maths.jsonl", [{"problem": 0}])
+    with pytest.raises(ValueError, match="settings.json"):
+        make(tmp_path)
+
+
+def test_another_commit_is_said(tmp_path, stub, monkeypatch, capsys):
+    make(tmp_path)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(common, "commit", lambda: "abc1234")
+    make(tmp_path)
+    assert "abc1234; if the method has changed, give another --out" in capsys.readouterr().err
+
+
+def test_a_learned_correction_is_read_again_and_the_same(tmp_path, stub, monkeypatch):
     found = make(tmp_path)
-    variant = found.learned(found.sparse("griffin"), BOTH_STAGES)
+    variant = common.learned(found.args, GRIFFIN, ("layer-wise", "E2E"))
     first = {i: ff.L.clone() for i, ff in caprese.sparse_layers(found.prepare(variant)).items()}
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2  # of the first stage, and of both
+    # of the first stage, and of both; no checkpoint is left
+    assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
-    def train(*args):
+    def train(*args, **settings):
         raise AssertionError("it must not be trained again")
 
-    monkeypatch.setattr(distill, "layerwise", train)
-    monkeypatch.setattr(distill, "end_to_end", train)
-    for i, ff in caprese.sparse_layers(make(tmp_path).prepare(variant)).items():
+    monkeypatch.setattr(distill, "layerwise_stage", train)
+    monkeypatch.setattr(distill, "train_end_to_end", train)
+    again = make(tmp_path).prepare(replace(variant, reselect=3))
+    for i, ff in caprese.sparse_layers(again).items():
         assert torch.equal(ff.L, first[i]) and ff.R.any()
     with pytest.raises(AssertionError):
-        found.prepare(found.learned(replace(variant, density=0.4), LAYERWISE))
+        found.prepare(replace(variant, density=0.4))
+
+
+def test_a_killed_training_goes_on_to_the_same_correction(tmp_path, stub, monkeypatch):
+    """Killed within the end-to-end stage, by an exception at its second step."""
+    flags = ["--e2e-batch-size", "4", "--layerwise", "none"]
+    whole = make(tmp_path / "whole", *flags)
+    variant = common.learned(whole.args, GRIFFIN, ("E2E",))
+    expected = {i: ff.R.clone() for i, ff in
+                caprese.sparse_layers(whole.prepare(variant)).items()}
+    found, backward, steps = make(tmp_path / "killed", *flags), distill.e2e_backward, []
+    found.args.save_every = 1
+
+    def killed(*args, **settings):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return backward(*args, **settings)
+
+    monkeypatch.setattr(distill, "e2e_backward", killed)
+    with pytest.raises(KeyboardInterrupt):
+        found.prepare(variant)
+    for i, ff in caprese.sparse_layers(found.prepare(variant)).items():
+        torch.testing.assert_close(ff.R, expected[i], rtol=0, atol=0)
+    assert len(steps) == 5  # two, the one that was killed, and the other two of four
 
 
 # ---- variants
 
-def test_variants_are_the_rows_of_the_paper(tmp_path):
+def names(*flags, methods=("griffin",), **settings_of_variants):
+    found = common.variants(settings(*flags), methods, **settings_of_variants)
+    return [variant.name for variant in found]
+
+
+def test_variants_are_the_rows_of_the_paper():
     adapter = str(sample.BUNDLED / "griffin.safetensors")
-    found = make(tmp_path, "--method", "int4", "--adapter", adapter, load=False)
-    variants = found.variants(("griffin",))
+    args = settings("--method", "int4", "--adapter", adapter)
+    variants = common.variants(args, ("cats",))
     assert [variant.name for variant in variants] == [
         "full", "GRIFFIN", "GRIFFIN + layer-wise", "GRIFFIN + E2E", "4-bit", "4-bit + layer-wise",
         "4-bit + E2E", "griffin"]
     assert [variant.rank for variant in variants] == [0, 0, 4, 4, 0, 4, 4, 0]
-    assert found.sparse("griffin").density == 0.5
-    assert found.sparse("cats").density == BUNDLED_CATS_DENSITY
+    assert variants[3].stages == ("layer-wise", "E2E")
+    assert common.sparse(args, "griffin").density == 0.5
+    assert common.sparse(args, "cats").density == BUNDLED_CATS_DENSITY
+    assert names(last="E2E") == ["full", "GRIFFIN", "GRIFFIN + E2E"]
 
 
-def test_4_bit_has_no_density(tmp_path):
-    found = make(tmp_path, "--density", "0.3", load=False)
-    assert found.sparse("int4").density == 1 and found.sparse("griffin").density == 0.3
+def test_the_stages_are_those_that_the_flags_ask_for():
+    assert names("--layerwise", "none") == ["full", "GRIFFIN", "GRIFFIN + E2E"]
+    assert names("--e2e-epochs", "0") == ["full", "GRIFFIN", "GRIFFIN + layer-wise"]
+    last = common.variants(settings("--layerwise", "none"), ("griffin",))[-1]
+    assert last.stages == ("E2E",)
 
 
-def test_a_real_model_without_samples_has_no_learned_rows(tmp_path):
-    file = write(tmp_path / "sums.jsonl", [{"question": "1 + 1", "answer": "2"}])
-    found = make(tmp_path, "--model", "x/y", "--data", file, load=False)
-    assert [variant.name for variant in found.variants(("griffin",))] == ["full", "GRIFFIN"]
-    assert found.sparse("griffin").density == 0.5
+def test_a_block_is_one_more_method_in_the_same_table():
+    args = settings("--block", "paper.oracle:OracleFF")
+    variants = common.variants(args, ("cats",))
+    assert [variant.name for variant in variants][3:] == [
+        "GRIFFIN + E2E", "OracleFF", "OracleFF + layer-wise", "OracleFF + E2E"]
+    assert variants[-1].method is OracleFF and variants[-1].density == 0.5
+
+
+def test_4_bit_has_no_density():
+    args = settings("--density", "0.3")
+    assert common.sparse(args, "int4").density == 1
+    assert common.sparse(args, "griffin").density == 0.3
+
+
+def test_a_real_model_without_samples_has_no_learned_rows():
+    assert names("--model", "x/y", "--data", "sums.jsonl") == ["full", "GRIFFIN"]
+
+
+def test_the_recipe_is_that_of_distill():
+    """What distill.py fills in for the same flags, so that a row can be learned by the paper's."""
+    shared = ("rank", "layerwise", "loss", "e2e_lr", "e2e_epochs", "e2e_batch_size", "samples")
+    for flags in ([], ["--paper"], ["--layerwise", "none", "--loss", "kl"],
+                  ["--e2e-lr", "0.5", "--rank", "7", "--paper"]):
+        for model in ([], ["--model", "x/y"]):
+            own = ["--train", "x.jsonl", "--data", "y.jsonl"] if model else []
+            ours = common.arguments("paper.test", "", [*flags, *model, *own, "--full"])
+            theirs = distill.arguments([*flags, *model, *(["--data", "x.jsonl"] if model else [])])
+            for name in shared:
+                assert getattr(ours, name) == getattr(theirs, name), name
+    assert common.arguments("paper.test", "", []).samples == 1000
+    assert common.arguments("paper.test", "", ["--paper"]).samples == 20000
+
+
+def test_each_stage_is_learned_by_the_flags(tmp_path, stub, monkeypatch):
+    asked = []
+    monkeypatch.setattr(distill, "layerwise_stage",
+                        lambda model, samples, args, checkpoint: asked.append(args.layerwise))
+    monkeypatch.setattr(distill, "train_end_to_end",
+                        lambda model, samples, *settings, **more: asked.append(settings))
+    found = make(tmp_path, "--layerwise", "adam", "--loss", "kl", "--e2e-lr", "0.5",
+                 "--e2e-epochs", "7", "--e2e-batch-size", "3")
+    found.prepare(common.learned(found.args, GRIFFIN, common.stages(found.args)))
+    assert asked == ["adam", (0.5, 7, 3, "kl")]
+
+
+def test_adapters_of_other_classes_are_rows(tmp_path, stub):
+    file = tmp_path / "lora.safetensors"
+    model = sample.load(None)[0]
+    caprese.save_adapter(tiny.fill(caprese.attach(model, LoRAFF, rank=4)), file)
+    found = make(tmp_path / "runs", "--adapter", str(file))
+    prepared = found.prepare(common.variants(found.args, ())[-1])
+    assert all(type(ff) is LoRAFF for ff in caprese.sparse_layers(prepared).values())
 
 
 # ---- answers that are kept
@@ -379,107 +521,124 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recount, "FOLDER", tmp_path / "kept")
     runs = tmp_path / "runs"
     runs.mkdir()
-    about = {"set": "sums", "run": 0, "problem": 0, "seconds": 1.0}
+    about = {"set": "sums", "run": 0, "problem": 0, "seconds": 1.0, "kind": "maths",
+             "ended": True}
     lines = [about | {"variant": "full", "question": "1 + 1", "answer": "2",
                       "response": "It is #### 2", "tokens": 5, "accuracy": 0.0},
              about | {"variant": "full", "problem": 1, "question": "1 + 2", "answer": "3",
-                      "response": "It is #### 4", "tokens": 7, "accuracy": 1.0},
+                      "response": "It is #### 4", "tokens": 7, "accuracy": 1.0, "ended": False},
              about | {"variant": "GRIFFIN", "question": "1 + 1", "answer": "2",
                       "response": "1 1 1", "tokens": 9, "accuracy": 0.0}]
-    lines.append(lines[0] | {"run": 1})
-    write(runs / "sums.jsonl", lines)
+    write(runs / "full.jsonl", lines[:2] + [lines[0] | {"run": 1}])
+    write(runs / "griffin.jsonl", lines[2:])
+    passage = about | {"set": "told", "kind": "passage", "variant": "full", "question": "Who?",
+                       "answer": "a black cat", "response": "cat", "tokens": 1, "f1": 0.0}
+    write(runs / "told.jsonl", [passage])
     news = about | {"set": "xsum", "variant": "full", "question": "An article", "answer": "News",
                     "response": "News", "tokens": 1, "rouge1": 0.25}
     write(runs / "news.jsonl", [news])
     recount.collect(runs)
     rows = recount.count(tmp_path / "kept" / "sums.jsonl.gz")
     assert rows == [
-        {"variant": "full", "set": "sums", "answers": 2, "score %": 50.0, "±": 50 / 2 ** 0.5,
-         "tokens": 6},
-        {"variant": "griffin", "set": "sums", "answers": 1, "score %": 0.0, "±": 0.0, "tokens": 9}]
+        {"variant": "full", "set": "sums", "answers": 2, "score %": 50.0,
+         "score ±": 100 * sample.standard_error(0.5, 2), "tokens": 6, "ended %": 50.0},
+        {"variant": "griffin", "set": "sums", "answers": 1, "score %": 0.0,
+         "score ±": 100 * sample.standard_error(0, 1), "tokens": 9, "ended %": 100.0}]
+    told, = recount.count(tmp_path / "kept" / "told.jsonl.gz")
+    assert told["score %"] == pytest.approx(200 / 3)  # F1, not right or wrong
     text = gzip.decompress((tmp_path / "kept" / "xsum.jsonl.gz").read_bytes()).decode()
     assert "article" not in text and "row 1" in text
     monkeypatch.setattr(sys, "argv", ["recount"])
     recount.main()
     assert "25.000" in capsys.readouterr().out
-    write(runs / "other_density.jsonl", lines[2:3])
+    write(runs / "other_density.jsonl", lines[2:])
     with pytest.raises(ValueError, match="a second file of"):
         recount.collect(runs)
+
+
+def test_the_answers_of_this_repository_are_read():
+    """They were kept before answers knew their kind and whether they had ended."""
+    rows = recount.count(ROOT / "paper" / "answers" / "svamp.jsonl.gz")
+    assert len(rows) == 12 and all(row["answers"] == 300 for row in rows)
+    score = {row["variant"]: row["score %"] for row in rows}
+    assert score["griffin"] < 4 and score["full"] == pytest.approx(9.3, abs=1)  # RESULTS: 9%
+    rows = recount.count(ROOT / "paper" / "answers" / "xsum.jsonl.gz")
+    assert len(rows) == 13 and all(5 < row["score %"] < 30 for row in rows)  # ROUGE-1
 
 
 # ---- the scripts
 
 def test_the_scripts_are_named_as_the_paper_names_them():
-    names = {file.stem for file in (ROOT / "paper").glob("*.py")}
-    shown = {name for name in names if name.startswith(("table", "figure", "time", "loss", "in_"))}
-    assert shown == set(SCRIPTS) and len(SCRIPTS) == 14
-    for name in SCRIPTS:
-        script = importlib.import_module(f"paper.{name}")
+    found = {file.stem for file in (ROOT / "paper").glob("*.py")}
+    shown = {name for name in found if name.startswith(("table", "figure", "loss", "in_"))}
+    assert shown == {script.__name__.rpartition(".")[2] for script in paper_main.SCRIPTS}
+    assert len(shown) == len(paper_main.SCRIPTS) == 13
+    for script in paper_main.SCRIPTS:
+        name = script.__name__.rpartition(".")[2]
         title = script.__doc__.split(":")[0]  # Figures 4 and 7
-        kind, number = re.match(r"(table|figure|time|loss|in_)(\d*)", name).groups()
-        ours = kind in ("time", "loss", "in_")
+        kind, number = re.match(r"(table|figure|loss|in_)(\d*)", name).groups()
+        ours = kind in ("loss", "in_")
         assert title == "Ours" if ours else title.lower().startswith(kind)
         assert number in re.findall(r"\d+", title) or ours
-        assert set(script.NEEDS) <= {"problems", "graded", "samples", "corrections",
-                                      "transformers"}
-        assert callable(script.measure) and callable(script.draw)
-        source = (ROOT / "paper" / f"{name}.py").read_text()
-        assert f'common.main("{name}")' in source
-        imports = [node for node in ast.parse(source).body
-                   if isinstance(node, (ast.Import, ast.ImportFrom))]
-        modules = [getattr(node, "module", node.names[0].name) for node in imports]
-        own = [name for name in modules if name.split(".")[0] not in sys.stdlib_module_names]
-        assert own[0] == "paper", f"{name}: it says how to run it before all other imports"
-
-
-def test_a_script_that_is_run_as_a_file_says_how_to_run_it():
-    done = subprocess.run([sys.executable, "paper/figure2_residual.py"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "python -m paper.figure2_residual" in done.stderr
+        assert f'"paper.{name}", __doc__, argv' in (ROOT / "paper" / f"{name}.py").read_text()
 
 
 COLUMNS = {  # columns that a script must have
     "table1_accuracy": {"active parameters (M)", "maths accuracy %", "reading accuracy ±"},
-    "table3_reselection": {"rho", "accuracy %", "ms per token", "seconds to a right answer"},
+    "table3_reselection": {"rho", "accuracy %", "ms per token", "ms per token ±",
+                           "seconds to a right answer", "seconds to a right answer ±"},
+    "table5_latency": {"ms per token", "ms per token ±", "bound ms", "ratio to uncorrected"},
     "table6_lora": {"added parameters %", "maths accuracy %"},
     "table7_int4": {"added parameters %", "maths accuracy %"},
     "figure2_residual": {"density", "alone", "best rank 4", "L R rank 4"},
     "figure3_coverage": {"K", "compute", "coverage %", "coverage ±"},
-    "figure4_length": {"tokens", "against full"},
+    "figure4_length": {"tokens", "against full", "ended %"},
     "figure5_density": {"density", "rank", "accuracy %"},
     "figure8_spectrum": {"layer", "ranks for 90%", "unexplained"},
-    "time_to_right_answer": {"seconds", "seconds to a right answer"},
-    "in_transformers": {"transformers accuracy %", "equal answers %", "ms per token"},
+    "in_transformers": {"transformers accuracy %", "equal answers %", "ms per token ±"},
     "lossless": {"n", "equal %", "acceptance", "bytes_to_full", "ms per token"},
+}
+FEWER = {  # constants of a script, and what stands in for them here
+    "figure2_residual": {"DENSITIES": (0.3,),
+                         "METHODS": {"oracle top-k": OracleFF, "GRIFFIN": "griffin"}},
+    "figure5_density": {"DENSITIES": (0.3, 0.6)},
+    "table3_reselection": {"BUNDLED_RHO": (4,)},
+    "lossless": {"PASSES": (3,)},
+    "table5_latency": {"QUICK": {"shape": "tiny", "prompt": 8, "generate": (3,), "repeats": 2}},
 }
 
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch, capsys):
     script = importlib.import_module(f"paper.{name}")
-    if "transformers" in script.NEEDS:
+    if name == "in_transformers":
         pytest.importorskip("transformers")
-    for constant, fewer in (("DENSITIES", (0.3, 0.6)), ("BUNDLED_RHO", (4,)), ("PASSES", (3,)),
-                            ("METHODS", {"oracle top-k": "topk", "GRIFFIN": "griffin"})):
-        if name != "table1_accuracy" and hasattr(script, constant):
-            monkeypatch.setattr(script, constant, fewer)
-    flags = [*TINY, "--out", str(out)]
+        pytest.importorskip("beyond.in_transformers")
+    if name == "lossless":
+        pytest.importorskip("beyond.lossless")
+    for constant, value in FEWER.get(name, {}).items():
+        monkeypatch.setattr(script, constant, value)
+    monkeypatch.setitem(bench.SHAPES, "tiny", tiny.CONFIG)
+    monkeypatch.setattr(bench, "memory_speed", lambda device: 1e10)
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.tsv")
+    flags = [*TINY, "--out", str(out), "--log"]
     flags += ["--runs", "2"] if name == "figure3_coverage" else []
     flags += ["--method", "int4"] if name == "table7_int4" else []
-    if importlib.util.find_spec("matplotlib"):
-        flags += ["--plot", str(tmp_path / "plots")]
-    result = common.run([name], flags)[name]
+    plots = bool(importlib.util.find_spec("matplotlib"))
+    result = script.main([*flags, *(["--plot", str(tmp_path / "plots")] if plots else [])])
     rows = result["rows"]
     assert rows and all(row.keys() == rows[0].keys() for row in rows)
     assert COLUMNS[name] <= rows[0].keys()
     json.dumps(result)
     printed = capsys.readouterr().out
-    if result["answers"]:
+    assert printed.count(f"python -m paper.{name} ") == 1  # the two lines at the start
+    if result.get("answers"):
         assert f"{result['reused']} of {result['answers']} answers are from earlier runs" in printed
-    if importlib.util.find_spec("matplotlib"):
+    if plots:
         picture, = (tmp_path / "plots").iterdir()
         assert picture.name == f"{name}.png" and picture.stat().st_size > 5000
+    for line in (tmp_path / "results.tsv").read_text().splitlines():
+        assert len(line.split("\t")) == 10
     if name == "figure2_residual":
         for row in rows:
             assert 0 < row["best rank 8"] < row["best rank 2"] < row["alone"] < 1
@@ -496,11 +655,40 @@ def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch
         assert added["GRIFFIN + LoRA, E2E alone"] > 0
 
 
+def test_the_log_says_what_made_each_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.tsv")
+    monkeypatch.setattr(common, "commit", lambda: "abc1234")
+    args = settings("--log", "--data", "a b.jsonl", "--model", "some/model")
+    wide = [{"method": "GRIFFIN + E2E", "rho": None, "x accuracy %": 87.5, "x accuracy ±": 1.25,
+             "x tokens": 30, "y f1 %": 50.0, "y f1 ±": 2.0}]
+    common.log(args, wide, {"x": [], "y": []})
+    common.log(args, [{"method": "CATS", "set": "z", "rho": 8, "seconds": 2.0, "ratio": None}], ())
+    header, *lines = [line.split("\t") for line in
+                      (tmp_path / "results.tsv").read_text().splitlines()]
+    assert header == ["commit", "date", "machine", "command", "model", "method", "set", "metric",
+                      "value", "error"]
+    assert all(line[0] == "abc1234" and line[4] == "some/model" for line in lines)
+    assert all(line[3].startswith("python -m paper.test --device cpu") for line in lines)
+    assert "'a b.jsonl'" in lines[0][3]
+    assert [line[5:] for line in lines] == [
+        ["GRIFFIN + E2E", "x", "accuracy %", "87.5", "1.25"],
+        ["GRIFFIN + E2E", "x", "tokens", "30", ""],
+        ["GRIFFIN + E2E", "y", "f1 %", "50", "2"],
+        ["CATS, rho 8", "z", "seconds", "2", ""]]
+
+
+def test_every_method_and_adapter_has_a_colour_of_its_own():
+    methods = ["full", "GRIFFIN", "GRIFFIN + layer-wise", "GRIFFIN + E2E", "one", "two", "three"]
+    found = common.colors([{"method": method} for method in methods])
+    assert list(found) == methods and len(set(found.values())) == len(methods)
+
+
 def test_lora_and_low_rank_have_equally_many_parameters(tmp_path):
     found = make(tmp_path, "--rank", "32")
-    griffin = replace(found.sparse("griffin"), rank=32)
-    added = [caprese.added_parameters(found.prepare(replace(griffin, block=block)))
-             for block in (caprese.SparseFF, LoRAFF)]
+    added = []
+    for method in (caprese.GRIFFIN, LoRAFF):
+        model = found.prepare(replace(GRIFFIN, method=method, rank=32))
+        added.append(caprese.added_parameters(model))
     assert added[1] == pytest.approx(added[0], rel=0.07)  # LoRA's rank, here 5, is a whole number
 
 
@@ -513,16 +701,19 @@ def test_lora_and_low_rank_have_equally_many_parameters(tmp_path):
     ("figure2_residual", ["--model", "m"], "--train"),
     ("figure5_density", ["--model", "m", "--data", "x.jsonl"], "--train"),
     ("figure8_spectrum", ["--model", "m"], "--adapter"),
+    ("table6_lora", ["--e2e-epochs", "0"], "--e2e-epochs"),
     ("figure2_residual", ["--model", "m", "--train", "nothing.jsonl"], "nothing.jsonl"),
     ("table1_accuracy", ["--train", "x.jsonl"], "--train"),
-    ("table1_accuracy", ["--temperature", "nan"], "--temperature"),
-    ("table1_accuracy", ["--temperature", "-1"], "--temperature"),
+    ("table1_accuracy", ["--block", "paper.lora:Nothing"], "paper.lora:Nothing"),
+    ("table1_accuracy", ["--temperature", "nan"], "temperature"),
+    ("table1_accuracy", ["--temperature", "-1"], "temperature"),
     ("table1_accuracy", ["--runs", "3"], "--temperature"),
     ("figure3_coverage", ["--temperature", "0"], "--temperature"),
     ("table1_accuracy", ["--limit", "0"], "--limit"),
     ("table1_accuracy", ["--batch-size", "0"], "--batch-size"),
     ("table1_accuracy", ["--density", "7"], "--density"),
     ("table1_accuracy", ["--density", "nan"], "--density"),
+    ("table1_accuracy", ["--data", "a/x.jsonl", "--data", "b/x.jsonl"], "rename"),
 ])
 def test_bad_flags_are_refused_before_loading(monkeypatch, tmp_path, name, flags, words):
     def load(*args):
@@ -530,26 +721,26 @@ def test_bad_flags_are_refused_before_loading(monkeypatch, tmp_path, name, flags
 
     monkeypatch.setattr(sample, "load", load)
     with pytest.raises((ValueError, OSError)) as error:
-        common.run([name], [*flags, "--out", str(tmp_path / "runs")])
+        run(name, *flags, "--out", str(tmp_path / "runs"))
     assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--plot", __file__], "folder"),
-    (["--out", __file__], "folder"),
+    (["--plot", __file__], "test_paper"),
+    (["--out", __file__], "test_paper"),
     (["--rank", "1000"], "rank"),
     (["--device", "meta"], "meta"),
 ])
 def test_bad_flags_are_refused_before_the_first_slow_step(monkeypatch, tmp_path, flags, words):
-    def measure(*args):
+    def prepare(*args):
         raise AssertionError("nothing must be measured")
 
-    monkeypatch.setattr(importlib.import_module("paper.table1_accuracy"), "measure", measure)
+    monkeypatch.setattr(Experiment, "prepare", prepare)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)  # matplotlib is optional
     flags = flags if "--out" in flags else [*flags, "--out", str(tmp_path)]
-    with pytest.raises(ValueError, match=words) as error:
-        common.run(["table1_accuracy"], ["--device", "cpu", "--samples", "8", *flags])
+    with pytest.raises((ValueError, OSError), match=words) as error:
+        run("table1_accuracy", "--device", "cpu", "--samples", "8", *flags)
     assert "\n" not in str(error.value)
 
 
@@ -557,45 +748,42 @@ def test_an_adapter_of_another_model_is_refused_before_the_first_slow_step(tmp_p
     file = tmp_path / "other.safetensors"
     caprese.save_adapter(caprese.attach(tiny.model(), rank=2), file)
     with pytest.raises(ValueError, match="another model"):
-        make(tmp_path, "--adapter", str(file))
+        make(tmp_path / "runs", "--adapter", str(file))
+    assert not (tmp_path / "runs").exists()
 
 
-def test_problems_without_right_and_wrong_are_refused_before_the_first_slow_step(tmp_path):
+def test_problems_without_right_and_wrong_are_refused_before_the_first_slow_step(tmp_path, stub):
     file = write(tmp_path / "x.jsonl", [{"prompt": "c", "reference": "a"}])
     with pytest.raises(ValueError, match="right or wrong"):
-        common.run(["figure4_length"], ["--device", "cpu", "--samples", "8", "--data", file])
+        run("figure4_length", *TINY, "--data", file, "--out", str(tmp_path / "runs"))
 
 
 def test_plot_without_matplotlib_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(common.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        common.run(["figure6_parameters"], ["--plot", str(tmp_path)])
-
-
-def test_two_files_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="rename"):
-        common.run(["table1_accuracy"], ["--data", "a/x.jsonl", "--data", "b/x.jsonl"])
+        run("figure6_parameters", "--plot", str(tmp_path))
 
 
 def test_the_command_ends_in_one_line_and_exit_code_2(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["table1_accuracy", "--temperature", "nan"])
     with pytest.raises(SystemExit) as exit:
-        common.main("table1_accuracy")
+        sample.run_command(importlib.import_module("paper.table1_accuracy").main)
     printed = capsys.readouterr()
     assert exit.value.code == 2 and printed.out == ""
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1
 
 
-def test_all_of_them_go_without_those_that_need_samples(tmp_path, monkeypatch, capsys):
+def test_all_of_them_go_without_those_that_need_samples(tmp_path, monkeypatch, capsys, stub):
     """A real model without samples and adapters: what needs L and R is left out, in one line."""
     ran = []
-    monkeypatch.setattr(common, "run_script", lambda name, *rest: ran.append(name) or {})
+    monkeypatch.setattr(common, "show", lambda args, *rest, **more: ran.append(args.script))
+    for script in paper_main.SCRIPTS:
+        if script.__name__ in ("paper.table5_latency", "paper.in_transformers", "paper.lossless"):
+            monkeypatch.setattr(script, "main", lambda argv, name=script.__name__: ran.append(name))
     file = write(tmp_path / "sums.jsonl", [{"question": "1 + 1", "answer": "2"}])
-    common.run(SCRIPTS, ["--model", str(sample.BUNDLED), "--device", "cpu", "--data", file,
-                         "--out", str(tmp_path)])
-    left_out = [line.split()[0] for line in capsys.readouterr().err.splitlines()]
-    needy = ["table6_lora", "figure2_residual", "figure5_density", "figure8_spectrum"]
-    if not importlib.util.find_spec("transformers"):
-        needy.append("in_transformers")
-    assert left_out == needy
-    assert sorted(ran + left_out) == sorted(SCRIPTS)
+    paper_main.main(["--model", str(sample.BUNDLED), "--device", "cpu", "--data", file,
+                     "--max-new-tokens", "2", "--out", str(tmp_path / "runs")])
+    left_out = re.findall(r"(\S+) is left out: .*--train FILE", capsys.readouterr().err)
+    assert left_out == ["paper.table6_lora", "paper.figure2_residual", "paper.figure5_density",
+                        "paper.figure8_spectrum"]
+    assert sorted(ran + left_out) == sorted(script.__name__ for script in paper_main.SCRIPTS)

@@ -1,4 +1,4 @@
-"""Chat templates, special tokens, stop ids. Run: python -m pytest tests/test_prompts.py"""
+"""Chat templates, special tokens, decoding. Run: python -m pytest tests/test_prompts.py"""
 
 import json
 import sys
@@ -139,13 +139,88 @@ def test_training_time_truncation_and_padding_are_off(tmp_path):
     assert made.encode(text) == make(tmp_path / "plain").encode(text)
 
 
+@pytest.mark.parametrize("templates, prompt", [
+    ([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}], "d"),
+    ([{"name": "default", "template": "d"}], "d"), ("s", "s"), (None, "hello"),
+])
+def test_the_default_of_several_templates(tmp_path, templates, prompt):
+    assert make(tmp_path, {"chat_template": templates}).prompt("hello") == prompt
+
+
+@pytest.mark.parametrize("names", [["tool_use", "rag"], ["Default"], []])
+def test_several_templates_without_a_default_are_named(tmp_path, names):
+    """Not silently asked without any template."""
+    templates = [{"name": name, "template": "t"} for name in names]
+    with pytest.raises(ValueError, match="^[^\n]*none named default; write [^\n]*[.]jinja$") as e:
+        make(tmp_path, {"chat_template": templates})
+    assert all(name in str(e.value) for name in names)
+    assert make(tmp_path, {"chat_template": templates},
+                **{"chat_template.jinja": "j"}).prompt("hello") == "j"
+
+
+@pytest.mark.parametrize("template", [5, {"default": "d"}, ["d"], [{"template": "d"}],
+                                      [{"name": "default"}], [{"name": 3, "template": "d"}]])
+def test_a_template_that_is_no_text_is_one_line(tmp_path, template):
+    with pytest.raises(ValueError, match="^[^\n]*chat[^\n]template[^\n]*$"):
+        make(tmp_path, {"chat_template": template}).prompt("hello")
+
+
+def with_bytes(folder):
+    """sentencepiece's way, as Llama 2 and Gemma have it: each byte is a token, <0x00> to <0xFF>."""
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "\u2581b", "c"]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": [],
+             "byte_fallback": True, "unk_token": "<unk>"}
+    decoders = [{"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"}]
+    content = {"version": "1.0", "added_tokens": [], "model": model,
+               "decoder": {"type": "Sequence", "decoders": decoders}}
+    return make(folder, **{"tokenizer.json": content}), {t: i for i, t in enumerate(tokens)}
+
+
+@pytest.mark.parametrize("tokens, text", [
+    (["\u2581a", "<0xE4>", "<0xBD>", "<0xA0>", "c"], " a\u4f60c"),            # whole
+    (["\u2581a", "<0xE4>", "<0xBD>", "c"], " a\ufffd\ufffdc"),               # cut short
+    (["\u2581a", "<0x0A>", "<0xF0>", "<0x9F>", "c"], " a\ufffd\ufffd\ufffdc"),
+    (["<0xFF>", "\u2581b"], "\ufffd b"), (["<0x80>"], "\ufffd"), ([], ""),
+])
+def test_bytes_that_are_no_character_are_replaced(tmp_path, tokens, text):
+    tokenizer, ids = with_bytes(tmp_path)
+    assert tokenizer.decode([ids[token] for token in tokens]) == text
+
+
+def test_tokens_that_the_tokenizer_does_not_have_are_replaced(tmp_path):
+    """An embedding often has more rows than its tokenizer has tokens."""
+    tokenizer, ids = with_bytes(tmp_path)
+    a, b, beyond = ids["\u2581a"], ids["\u2581b"], max(ids.values()) + 1
+    assert tokenizer.decode([a, beyond, b]) == " a\ufffd b"
+    assert tokenizer.decode([beyond, beyond + 99]) == "\ufffd\ufffd"
+    assert tokenizer.decode((a, b)) == " a b"
+
+
 @pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
 def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
     """JSON can hold "\\ud800", which is no character and which no tokenizer knows."""
     tokenizer = make(tmp_path, {"chat_template": template})
     for encode in (tokenizer.prompt_ids, tokenizer.encode):
-        with pytest.raises(ValueError, match="^[^\n]*surrogate[^\n]*$"):
+        with pytest.raises(ValueError, match="^character 3 is half of a surrogate pair: [^\n]*$"):
             encode(json.loads('"a \\ud800 b"'))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json",
+                                  "generation_config.json", "special_tokens_map.json"])
+def test_a_file_that_is_no_utf_8_is_named(tmp_path, name):
+    make(tmp_path)
+    (tmp_path / name).write_bytes('{"a": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=f"^[^\n]*{name} is no text in UTF-8: see its byte 11$"):
+        Tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    make(tmp_path, {"chat_template": "a"})
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        text = '{"chat_template": "a"}' if name.endswith("n") else "b"
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Tokenizer(tmp_path).prompt("hello") == "b"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "3"])

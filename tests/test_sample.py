@@ -102,6 +102,8 @@ def test_evaluate_takes_a_grader_and_gives_an_error_above_zero():
     model = sample.Transformer.from_pretrained(sample.BUNDLED, dtype=torch.float32)
     tokenizer = data.Tokenizer(sample.BUNDLED)
     problems = data.problems("maths", 4, 5)
+    with pytest.raises(ValueError, match="no problems"):
+        sample.evaluate(model, tokenizer, [])
     for right in (True, False):
         accuracy, error = sample.evaluate(model, tokenizer, problems, max_new_tokens=8,
                                           grade=lambda response, answer: right)
@@ -165,7 +167,8 @@ def test_choose_follows_the_distribution_and_top_p(device):
 
 
 @pytest.mark.parametrize("bad", [
-    {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0.0}, {"reselect": 0},
+    {"temperature": -1}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"top_p": 1.1},
+    {"prompt_lengths": [0]}, {"prompt_lengths": [6]}, {"prompt_lengths": [5, 5]}, {"top_p": 0.0}, {"reselect": 0},
     {"samples": 0}, {"max_new_tokens": 0}])
 def test_generate_refuses(bad):
     with pytest.raises(ValueError):
