@@ -748,10 +748,10 @@ def test_wrong_commands_end_in_one_line(monkeypatch, arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_transformers_cannot_load_is_one_line(monkeypatch, tmp_path):
+def test_a_model_that_transformers_cannot_load_is_one_line(monkeypatch, tmp_path, rows_of_data):
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_bytes((sample.BUNDLED / name).read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(ValueError, match="transformers cannot load") as error:
-        command(monkeypatch, "distill", "--model", tmp_path, "--data", "y")
+        command(monkeypatch, "distill", "--model", tmp_path, "--data", rows_of_data)
     assert "\n" not in str(error.value)
