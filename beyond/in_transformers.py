@@ -29,6 +29,7 @@ import sample
 from model import resolve
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+NO_MODEL = "--model is needed: a folder, or a hub repo id"
 
 
 # ---- which MLPs can be replaced
@@ -248,8 +249,6 @@ def recompute_activations(model, wanted):
 
 def load(args):
     """(transformers' model, our tokenizer) for the common flags; ValueError or OSError."""
-    if not args.model:
-        raise ValueError("--model is needed: a folder, or a hub repo id")
     try:
         import transformers
     except ImportError:
@@ -312,6 +311,8 @@ def distill_command(argv):
     ours.add_argument("--max-new-tokens", type=sample.positive, default=512,
                       help="of an answer to --problems (default: %(default)s)")
     args = distill.arguments(argv, parents=[ours])
+    if not args.model:
+        raise ValueError(NO_MODEL)
     if args.layerwise == "sequential":
         raise ValueError("--layerwise sequential is for our own model.py: python distill.py")
     command = ["-m", "beyond.in_transformers", "answer"]
@@ -327,6 +328,8 @@ def answer_command(argv):
     parser.add_argument("--density", type=float, help="kept neurons (default: the adapter's)")
     parser.add_argument("--max-new-tokens", type=sample.positive, default=512)
     args = parser.parse_args(argv)
+    if not args.model:
+        raise ValueError(NO_MODEL)
     about = caprese.read_adapter(args.adapter)[1]  # a missing adapter is noticed at once
     model, tokenizer = load(args)
     prompt, rows = tokenizer.prompt_ids(args.prompt), []

@@ -738,8 +738,10 @@ def test_distill_and_answer(monkeypatch, tmp_path, capsys, rows_of_data):
 @pytest.mark.parametrize("arguments, message", [
     ([], "distill or answer"), (["learn"], "distill or answer"),
     (["distill"], "--model is needed"),
+    (["answer", "--adapter", "a.safetensors", "prompt"], "--model is needed"),
     (["distill", "--model", "x", "--data", "y", "--layerwise", "sequential"], "our own model.py"),
-    (["answer", "--adapter", "missing.safetensors", "p"], "missing.safetensors does not exist"),
+    (["answer", "--model", "x", "--adapter", "missing.safetensors", "prompt"],
+     "missing.safetensors does not exist"),
     (["distill", "--model", str(FIXTURES), "--data", "y"], "config.json"),
 ])
 def test_wrong_commands_end_in_one_line(monkeypatch, arguments, message):
