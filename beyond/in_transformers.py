@@ -29,6 +29,7 @@ import sample
 from model import resolve
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
+NO_MODEL = "--model is needed: a folder, or a hub repo id"
 
 
 # ---- which MLPs can be replaced
@@ -47,8 +48,7 @@ def check_parts(layer, where):
         raise ValueError(f"{where} is a mixture of experts, which is not implemented")
     if not hasattr(layer, "mlp"):
         raise ValueError(f"{where} must have an mlp; it has {children(layer)}")
-    missing = [name for name in (*MATRICES, "act_fn") if not hasattr(layer.mlp, name)]
-    if missing:
+    if not all(hasattr(layer.mlp, name) for name in (*MATRICES, "act_fn")):
         raise ValueError(f"the MLP of {where} must have gate_proj, up_proj, down_proj and act_fn; "
                          f"it has {children(layer.mlp)}")
     for name in MATRICES:
@@ -63,17 +63,16 @@ def check_linear(linear, where):
     """ValueError if a module is more than a matrix, or if its numbers are elsewhere."""
     if hasattr(linear, "base_layer"):
         raise ValueError(f"{where} is a layer of PEFT; attach to what merge_and_unload() returns")
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
-        kinds = f"{type(linear).__name__} of {type(linear.weight).__name__}"
-        raise ValueError(f"{where} is a {kinds}, but only a plain nn.Linear can be read; load the "
-                         "model unquantised and on whole devices")
+    weight = getattr(linear, "weight", None)
+    plain = type(linear) is nn.Linear and type(weight) is nn.Parameter
+    if not plain or not weight.is_floating_point():
+        raise ValueError(f"{where} is a {type(linear).__name__}, not a plain nn.Linear of floating-"
+                         "point numbers; load the model unquantised and not sharded")
     if linear.bias is not None:
         raise ValueError(f"{where} has a bias; MLPs with biases are not implemented")
-    if linear.weight.is_meta:
+    if weight.is_meta:
         raise ValueError(f"{where} is offloaded (its weight is on the meta device); load the model "
                          "onto a device that holds all of it")
-    if not linear.weight.is_floating_point():
-        raise ValueError(f"{where} holds {linear.weight.dtype}; load the model unquantised")
 
 
 @torch.no_grad()
@@ -154,11 +153,12 @@ class Watcher:
             caprese.reset(self.model)
         self.call.phase = "count"
         self.call.counted = padding_mask(kwargs.get("attention_mask"), start, count)
-        # Gemma 4 would compute its last layers for the last tokens of a prompt alone.
-        return args, kwargs | {"logits_to_keep": 0} if "logits_to_keep" in kwargs else kwargs
+        if "logits_to_keep" in kwargs:  # Gemma 4 would run some layers for the last token alone
+            kwargs = kwargs | {"logits_to_keep": 0}
+        return args, kwargs
 
     def check_cache(self, cache, start, count):
-        """ValueError if `count` tokens after the `start` in a cache do not go on with our prompt."""
+        """ValueError if `count` tokens after the `start` in a cache do not continue our prompt."""
         if start > 0 and self.filled != (weakref.ref(cache), start):
             raise ValueError("the selection is of another prompt than this KV cache: begin with an "
                              "empty cache, and let one sequence of calls end before the next")
@@ -249,8 +249,6 @@ def recompute_activations(model, wanted):
 
 def load(args):
     """(transformers' model, our tokenizer) for the common flags; ValueError or OSError."""
-    if not args.model:
-        raise ValueError("--model is needed: a folder, or a hub repo id")
     try:
         import transformers
     except ImportError:
@@ -313,6 +311,8 @@ def distill_command(argv):
     ours.add_argument("--max-new-tokens", type=sample.positive, default=512,
                       help="of an answer to --problems (default: %(default)s)")
     args = distill.arguments(argv, parents=[ours])
+    if not args.model:
+        raise ValueError(NO_MODEL)
     if args.layerwise == "sequential":
         raise ValueError("--layerwise sequential is for our own model.py: python distill.py")
     command = ["-m", "beyond.in_transformers", "answer"]
@@ -328,15 +328,18 @@ def answer_command(argv):
     parser.add_argument("--density", type=float, help="kept neurons (default: the adapter's)")
     parser.add_argument("--max-new-tokens", type=sample.positive, default=512)
     args = parser.parse_args(argv)
+    if not args.model:
+        raise ValueError(NO_MODEL)
     about = caprese.read_adapter(args.adapter)[1]  # a missing adapter is noticed at once
     model, tokenizer = load(args)
     prompt, rows = tokenizer.prompt_ids(args.prompt), []
     for name in ("full", "sparse", "sparse + Caprese"):
-        if name != "full":
-            caprese.load_adapter(model, args.adapter, args.density, args.method)
         if name == "sparse":
-            caprese.attach(model, args.method or about["method"], args.density or about["density"],
+            caprese.attach(model, args.method or about["method"],
+                           about["density"] if args.density is None else args.density,
                            about["layers"])
+        elif name == "sparse + Caprese":
+            caprese.load_adapter(model, args.adapter, args.density, args.method)
         start = time.perf_counter()
         ids = generate(model, tokenizer, [prompt], args.max_new_tokens)[0]
         rate = len(ids) / (time.perf_counter() - start)
@@ -351,13 +354,9 @@ def answer_command(argv):
 
 def main():
     commands = {"distill": distill_command, "answer": answer_command}
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in commands:
-        raise ValueError("give a command: distill or answer, each with its own --help")
-    commands[name](sys.argv[2:])
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        raise ValueError("give a command, distill or answer; each has its own --help")
+    commands[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":
