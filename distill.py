@@ -461,25 +461,13 @@ def layer_indices(text):
     return text if text == "all" else [int(i) for i in text.split(",")]
 
 
-def arguments(argv=None, parents=()):
-    """The command line, the recipe filled in; ValueError for flags that do not go together.
-
-    parents are parsers of further flags.
-    """
-    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0],
-                                                           parents=parents))
+def recipe_arguments(parser):
+    """Add the flags that say how L and R are learned; fill_recipe gives those left out a value."""
     recipe = "; ".join(f"{flag} {', '.join(map(str, values))}" for flag, values in RECIPES.items())
     parser.epilog = f"Defaults for the bundled model, an own model, --paper: {recipe}"
-    sample.method_arguments(parser, default="griffin")
-    add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
-    add("--data", help="training samples: JSONL, JSON, hf://datasets/OWNER/NAME/FILE", **files)
-    add("--eval-data", help="unseen samples to measure the KL to the full model on", **files)
-    add("--samples", type=sample.positive, help="training samples of each file at most")
-    add("--eval-samples", type=sample.positive, default=500, help="default: %(default)s")
-    add("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
+    add = parser.add_argument
     add("--paper", action="store_true", help="the paper's recipe, but for the flags given")
-    add("--density", type=float, default=0.5, help="kept neurons, in (0, 1] (default: %(default)s)")
-    add("--layers", type=layer_indices, help="all, or numbers as 0,1,2 (default: as in the paper)")
+    add("--samples", type=sample.positive, help="training samples of each file at most")
     add("--rank", type=sample.positive, help="r")
     add("--layerwise", choices=("closed", "adam", "sequential", "none"),
         help="(7) in closed form, by the paper's Adam, block by block (ours), or not at all")
@@ -487,6 +475,34 @@ def arguments(argv=None, parents=()):
     add("--e2e-lr", type=float)
     add("--e2e-epochs", type=int, help="0: no end-to-end stage")
     add("--e2e-batch-size", type=sample.positive)
+
+
+def fill_recipe(args):
+    """Set the flags of RECIPES that were not given."""
+    for flag, (bundled, own, paper) in RECIPES.items():
+        value = own if args.model else bundled
+        if args.paper and (args.model or flag != "rank"):  # the bundled model has no room for 256
+            value = paper
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
+
+
+def arguments(argv=None, parents=()):
+    """The command line, the recipe filled in; ValueError for flags that do not go together.
+
+    parents are parsers of further flags.
+    """
+    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0],
+                                                           parents=parents))
+    sample.method_arguments(parser, default="griffin")
+    add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
+    add("--density", type=float, default=0.5, help="kept neurons, in (0, 1] (default: %(default)s)")
+    add("--layers", type=layer_indices, help="all, or numbers as 0,1,2 (default: as in the paper)")
+    add("--data", help="training samples: JSONL, JSON, hf://datasets/OWNER/NAME/FILE", **files)
+    add("--eval-data", help="unseen samples to measure the KL to the full model on", **files)
+    add("--eval-samples", type=sample.positive, default=500, help="default: %(default)s")
+    add("--max-tokens", type=int, default=2048, help="drop longer samples (default: %(default)s)")
+    recipe_arguments(parser)
     add("--micro-batch", type=sample.positive, default=16, help="samples at once (default: 16)")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--save-every", type=sample.positive, default=20, help="steps (default: %(default)s)")
@@ -494,12 +510,7 @@ def arguments(argv=None, parents=()):
     add("--fresh", action="store_true", help="start anew where an interrupted run left one")
     add("--out", default="adapter.safetensors", help="adapter to write (default: %(default)s)")
     args = parser.parse_args(argv)
-    for flag, (bundled, own, paper) in RECIPES.items():
-        value = own if args.model else bundled
-        if args.paper and (args.model or flag != "rank"):  # the bundled model has no room for 256
-            value = paper
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
+    fill_recipe(args)
     if bool(args.model) != bool(args.data):
         raise ValueError("--model and --data go together: a model and the samples that teach it")
     if args.layerwise == "none" and args.e2e_epochs <= 0:

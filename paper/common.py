@@ -82,15 +82,7 @@ def arguments(script, description, argv=None, **defaults):
     add("--batch-size", type=sample.positive, help="answers decoded side by side")
     add("--temperature", type=float, help=f"above 0 tokens are drawn, with top-p {TOP_P}")
     add("--max-new-tokens", type=sample.positive, help="default: 2048; bundled model: 128")
-    # How L and R are learned: the flags of distill.py.
-    add("--paper", action="store_true", help="the paper's recipe, but for the flags given")
-    add("--layerwise", choices=("closed", "adam", "sequential", "none"))
-    add("--loss", choices=("mse", "kl"), default="mse")
-    add("--rank", type=sample.positive, help="r")
-    add("--samples", type=sample.positive, help="training samples of each file, at most")
-    add("--e2e-lr", type=float)
-    add("--e2e-epochs", type=int, help="0: no end-to-end stage")
-    add("--e2e-batch-size", type=sample.positive)
+    distill.recipe_arguments(parser)
     add("--full", action="store_true", help="more problems, samples and runs; this takes hours")
     add("--out", default="runs", metavar="FOLDER", help="keeps answers and adapters, which the "
         "next run uses again (default: %(default)s)")
@@ -111,17 +103,14 @@ def arguments(script, description, argv=None, **defaults):
 
 
 def fill_defaults(args, defaults):
-    """Give the flags that are None their values."""
+    """Give the flags that are None their values. With --paper the recipe is the paper's."""
     values = {name: full if args.full else quick for name, (quick, full) in defaults.items()}
-    for name, (bundled, own, paper) in distill.RECIPES.items():
-        if args.paper and (args.model or name != "rank"):  # the bundled model has no room for 256
-            values[name] = paper
-        elif values.get(name) is None:
-            values[name] = own if args.model else bundled
     values["max_new_tokens"] = 2048 if args.model else 128
     for name, value in values.items():
-        if getattr(args, name, None) is None:
+        given = getattr(args, name, None) is not None
+        if not given and not (args.paper and name in distill.RECIPES):
             setattr(args, name, value)
+    distill.fill_recipe(args)
 
 
 def check(args):
