@@ -162,7 +162,8 @@ class Tokenizer:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises nothing narrower
-            raise ValueError(f"{file} is not a readable tokenizer: {e}{advice(file)}") from None
+            raise ValueError(f"{file} is not a readable tokenizer ({e}); "
+                             f"{advice(file, 'fetch it again')}") from None
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
         # Older models have a special_tokens_map.json.
@@ -208,17 +209,13 @@ class Tokenizer:
         return text
 
 
-def advice(file):
-    """What to do about a file that cannot be read, if beyond/foreign_files.py is there to say it.
-
-    It begins with "; ", or is "".
-    """
+def advice(file, otherwise):
+    """What to do about a file that cannot be read, by beyond/foreign_files.py if that is there."""
     try:
         from beyond.foreign_files import explain
     except ImportError:
-        return ""
-    words = explain(file)
-    return f"; {words}" if words else ""
+        return otherwise
+    return explain(file) or otherwise
 
 
 def read_text(file):
@@ -226,8 +223,8 @@ def read_text(file):
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is no text in UTF-8: see its byte {e.start + 1}"
-                         f"{advice(file)}") from None
+        raise ValueError(f"{file} is no text in UTF-8, see its byte {e.start + 1}; "
+                         f"{advice(file, 'save it so')}") from None
 
 
 def parse_json(text, file, place=""):
@@ -235,7 +232,8 @@ def parse_json(text, file, place=""):
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{file}{place} is not valid JSON: {e}{advice(file)}") from None
+        raise ValueError(f"{file}{place} is not valid JSON ({e}); "
+                         f"{advice(file, 'correct or fetch it again')}") from None
 
 
 def read_objects(folder, *names):

@@ -252,8 +252,8 @@ def test_an_index_without_a_weight_map(sharded, content):
 
 @pytest.mark.parametrize("files", [
     ["adapter_config.json", "adapter_model.safetensors"],
-    ["adapter_config.json", "config.json", "model.safetensors"], ["config.json", "tiny-q4_k_m.gguf"],
-    ["config.json", "pytorch_model.bin"], ["config.json", "consolidated.safetensors"],
+    ["adapter_config.json", "config.json", "model.safetensors"],
+    ["config.json", "tiny-q4_k_m.gguf"], ["config.json", "pytorch_model.bin"], ["config.json", "consolidated.safetensors"],
     ["config.json", "tokenizer.json"], ["tokenizer.model"], ["model.safetensors"], [],
 ])
 @pytest.mark.parametrize("load", [Transformer.from_pretrained, resolve])
