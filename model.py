@@ -528,9 +528,9 @@ class Transformer(nn.Module):
             model = cls(config)
         try:
             model.load_state_dict(weights, assign=True)
-        except RuntimeError as error:  # it lists each fault on a line, after a title
+        except RuntimeError as error:  # many lines
             raise ValueError(f"{folder} does not fit its config.json: is a file missing, or from "
-                             f"another model? {str(error).splitlines()[1].strip():.500}") from None
+                             f"another model? {' '.join(str(error).split()):.500}") from None
         return model.requires_grad_(False).eval()
 
 
@@ -555,7 +555,7 @@ def read_json(file):
     """What a JSON file holds; OSError or ValueError in one line that names it."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # also of an encoding
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON in UTF-8 ({error}); "
                          f"{advice(file, 'correct or fetch it again')}") from None
 

@@ -160,5 +160,6 @@ def test_without_this_file_another_format_is_refused_too(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, "beyond.foreign_files", None)  # its import fails
     file = tmp_path / "a.jsonl"
     file.write_bytes(content)
-    with pytest.raises(ValueError, match="a.jsonl.* is (no text in UTF-8|not valid JSON)[^\n]*; [^\n]*$"):
+    refused = "a.jsonl.* is (no text in UTF-8|not valid JSON)[^\n]*; [^\n]*$"
+    with pytest.raises(ValueError, match=refused):
         data.read_problems(file)

@@ -253,7 +253,8 @@ def test_an_index_without_a_weight_map(sharded, content):
 @pytest.mark.parametrize("files", [
     ["adapter_config.json", "adapter_model.safetensors"],
     ["adapter_config.json", "config.json", "model.safetensors"],
-    ["config.json", "tiny-q4_k_m.gguf"], ["config.json", "pytorch_model.bin"], ["config.json", "consolidated.safetensors"],
+    ["config.json", "tiny-q4_k_m.gguf"], ["config.json", "pytorch_model.bin"],
+    ["config.json", "consolidated.safetensors"],
     ["config.json", "tokenizer.json"], ["tokenizer.model"], ["model.safetensors"], [],
 ])
 @pytest.mark.parametrize("load", [Transformer.from_pretrained, resolve])
@@ -364,6 +365,7 @@ def test_a_missing_shard_without_an_index(sharded):
     (b"{", "is not valid JSON in UTF-8 (Expecting property name"), (b"", "is not valid JSON in"),
     (b"<html>", "is not valid JSON in"), (b"\xff", "is not valid JSON in UTF-8"),
     ('{"model_type": "llama"}'.encode("utf-16"), "is not valid JSON in UTF-8"),
+    (b"[" * 100_000, "is not valid JSON in UTF-8"),
     (b"[]", "must be a JSON object"), (b"3", "must be a JSON object"),
     (b"null", "must be a JSON object")])
 def test_bad_json(folder, text, says):
