@@ -162,7 +162,8 @@ class Tokenizer:
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as e:  # the library raises nothing narrower
-            raise ValueError(f"{file} is not a readable tokenizer: {e}") from None
+            raise ValueError(f"{file} is not a readable tokenizer ({e}); "
+                             f"{advice(file, 'fetch it again')}") from None
         self.tokenizer.no_truncation()  # training settings that some checkpoints carry along
         self.tokenizer.no_padding()
         # Older models have a special_tokens_map.json.
@@ -192,7 +193,7 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=False):
         """The ids of a text. ValueError if it holds what is no character."""
-        check_characters(text)
+        text.encode()  # raises it for half of a surrogate pair, which JSON can hold
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
@@ -208,36 +209,38 @@ class Tokenizer:
         return text
 
 
-def check_characters(text):
-    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer knows."""
+def advice(file, otherwise):
+    """What to do about a file that cannot be read, by beyond/foreign_files.py if that is there."""
     try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise ValueError(f"character {e.start + 1} is half of a surrogate pair: "
-                         f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
+        from beyond.foreign_files import explain
+    except ImportError:
+        return otherwise
+    return explain(file) or otherwise
 
 
-def read_utf8(file):
+def read_text(file):
     """The text of a file; ValueError if it is not UTF-8."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is no text in UTF-8: see its byte {e.start + 1}") from None
+        raise ValueError(f"{file} is no text in UTF-8, see its byte {e.start + 1}; "
+                         f"{advice(file, 'save it so')}") from None
 
 
-def parse_json(text, where):
-    """The value of a JSON text; ValueError says where it is from."""
+def parse_json(text, file, place=""):
+    """The value of a JSON text; ValueError names its file and its place there."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where} is not valid JSON: {e}") from None
+        raise ValueError(f"{file}{place} is not valid JSON ({e}); "
+                         f"{advice(file, 'correct or fetch it again')}") from None
 
 
 def read_objects(folder, *names):
     """The entries that are not null of those JSON files that exist; a later file's replace."""
     found = {}
     for file in [folder / name for name in names if (folder / name).exists()]:
-        entries = parse_json(read_utf8(file), file)
+        entries = parse_json(read_text(file), file)
         if not isinstance(entries, dict):
             raise ValueError(f"{file} is not a JSON object")
         found |= {key: value for key, value in entries.items() if value is not None}
@@ -248,7 +251,7 @@ def read_template(folder, template):
     """The chat template: a file of its own, or this entry of tokenizer_config.json; may be None."""
     file = folder / "chat_template.jinja"
     if file.exists():
-        return read_utf8(file)
+        return read_text(file)
     if isinstance(template, list):  # several templates, each with a name
         named = {str(entry.get("name")): entry.get("template") for entry in template
                  if isinstance(entry, dict)}
@@ -354,7 +357,7 @@ BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluati
 
 
 def public_datasets(what):
-    """paper/datasets.py, which knows the hub, other formats of files and other columns.
+    """paper/datasets.py, which knows the hub and other columns.
 
     ValueError says what could do with it, if it is not there.
     """
@@ -371,24 +374,16 @@ def read_rows(file):
     The place is "line 3", or "row 3" of a list. A file of a hub data set is named
     hf://datasets/OWNER/NAME/PATH. Raises OSError, or ValueError in one line that names the place.
     """
-    path = file
     if str(file).startswith("hf://"):
-        path = public_datasets(f"{file} is on the hub").download(file)
-    content = Path(path).read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = None
-    if text is None or text.lstrip()[:1] not in ("", "[", "{") or "\0" in text:
-        what = f"{file} is no JSON in UTF-8"
-        raise ValueError(f"{what}: {public_datasets(what).file_format(content)}")
+        file = public_datasets(f"{file} is on the hub").download(file)
+    text = read_text(file)
     if text.lstrip().startswith("["):
         for i, row in enumerate(parse_json(text, file), 1):
             yield f"row {i}", row
     else:
         for i, line in enumerate(text.split("\n"), 1):
             if line.strip():
-                yield f"line {i}", parse_json(line, f"{file}, line {i} (one whole object)")
+                yield f"line {i}", parse_json(line, file, f", line {i} (one whole object)")
 
 
 def text_of(row, column):
@@ -406,15 +401,14 @@ def first_exchange(messages):
 
     A system turn stands before the user's text.
     """
-    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        raise ValueError("messages is not a list of turns with role and content")
-    roles = [turn.get("role") for turn in messages]
-    if "user" not in roles:
-        raise ValueError(f"messages has no turn of the user, but of {roles!r:.60}")
-    user = roles.index("user")
-    question = [text_of(turn, "content") for turn in messages[:user + 1]
-                if turn["role"] in ("system", "user")]
-    row = {"prompt": "\n\n".join(question)}
+    try:
+        roles = [turn["role"] for turn in messages]
+        user = roles.index("user")
+    except (TypeError, KeyError, ValueError):
+        raise ValueError(f"messages is {messages!r:.60}, not a list of turns with role and "
+                         "content, one of them the user's") from None
+    asked = [turn for turn in messages[:user + 1] if turn["role"] in ("system", "user")]
+    row = {"prompt": "\n\n".join(text_of(turn, "content") for turn in asked)}
     if roles[user + 1:user + 2] == ["assistant"]:
         row["response"] = text_of(messages[user + 1], "content")
     return row
@@ -450,7 +444,7 @@ def problem_from_row(row):
         raise ValueError(f"kind is {kind!r:.40}, not one of {', '.join(KINDS)}")
     if kind == "maths":
         answer = final_answer(answer) or answer or final_answer(response)
-    check_characters(question + response + answer)
+    (question + response + answer).encode()  # ValueError for what is no character
     return Problem(question, response, answer, kind, level)
 
 

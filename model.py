@@ -25,8 +25,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": nn.GELU(approximate="tanh")}
 # ---- config.json
 
 # What a key means where config.json leaves it out: to every family, and to one.
-DEFAULTS = {"rope_theta": 10000.0, "attention_bias": False, "use_sliding_window": False,
-            "max_window_layers": 28}
+DEFAULTS = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "attention_bias": False,
+            "use_sliding_window": False, "max_window_layers": 28, "window_step": 1}
 FAMILY_DEFAULTS = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
@@ -43,7 +43,7 @@ FAMILY_RULES = {
     "mistral": {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": False},
     "qwen2": {"attention_bias": True, "o_bias": False},
     "qwen3": {"qk_norm": True},
-    "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "every_other_layer": True,
+    "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
 }
 # For these keys null is a value: no window, no cap, as many as query heads. Elsewhere null means
@@ -145,15 +145,14 @@ def rope_values(values):
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
+    pretrained = {"original_max_position_embeddings": values.get("max_position_embeddings")}
+    values = values | pretrained | rope
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     one_of("rope type", rope_type, ("default", "llama3"))
-    rope = {"original_max_position_embeddings": values.get("max_position_embeddings"),
-            "rope_theta": values["rope_theta"],
-            "partial_rotary_factor": values.get("partial_rotary_factor", 1.0)} | rope
-    if rope["partial_rotary_factor"] != 1.0:
+    if values["partial_rotary_factor"] != 1.0:
         raise ValueError("partial_rotary_factor is not implemented")
-    scaling = {key: float(rope[key]) for key in LLAMA3_RULE} if rope_type == "llama3" else None
-    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+    scaling = {key: float(values[key]) for key in LLAMA3_RULE} if rope_type == "llama3" else None
+    return {"rope_theta": values["rope_theta"], "rope_scaling": scaling}
 
 
 def layer_windows(values):
@@ -162,15 +161,14 @@ def layer_windows(values):
     window = values.get("sliding_window") if values["use_sliding_window"] else None
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"sliding_window is {window!r}, not a positive int")
-    layers, types = range(values["num_hidden_layers"]), values.get("layer_types")
-    if types:
-        if len(types) != len(layers) or set(types) - {"sliding_attention", "full_attention"}:
-            raise ValueError(f"{len(types)} layer_types for {len(layers)} layers: {set(types)}")
-        sliding = [i for i in layers if types[i] == "sliding_attention"]
-    else:
-        step = 2 if values.get("every_other_layer") else 1
-        sliding = layers[values["max_window_layers"]::step]
-    return tuple(window if i in sliding else None for i in layers)
+    layers = range(values["num_hidden_layers"])
+    sliding = layers[values["max_window_layers"]::values["window_step"]]
+    by_rule = ["sliding_attention" if i in sliding else "full_attention" for i in layers]
+    types = values.get("layer_types") or by_rule
+    windows = {"sliding_attention": window, "full_attention": None}
+    if len(types) != len(layers) or set(types) - set(windows):
+        raise ValueError(f"{len(types)} layer_types for {len(layers)} layers: {set(types)}")
+    return tuple(windows[layer_type] for layer_type in types)
 
 
 # ---- the parts
@@ -233,7 +231,6 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.lengths = torch.zeros(batch_size, device=device, dtype=torch.long)
-        self.rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self.capacity = capacity
         self.max_length = 0
         self.ragged = False
@@ -255,7 +252,6 @@ class Cache:
             self.k[layer] = self.k[layer][rows]
             self.v[layer] = self.v[layer][rows]
         self.lengths = self.lengths[rows]
-        self.rows = torch.arange(len(rows), device=rows.device)[:, None]
         self.set_lengths(self.lengths)
 
     def num_keys(self, T):
@@ -274,7 +270,7 @@ class Cache:
         S = self.num_keys(T)
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:
-                stored.transpose(1, 2).index_put_((self.rows, positions), new.transpose(1, 2))
+                stored.scatter_(2, positions[:, None, :, None].expand_as(new), new)
             else:  # all positions are the same: a plain copy
                 stored[:, :, self.max_length:self.max_length + T] = new
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
@@ -337,16 +333,16 @@ class Attention(nn.Module):
         return out.reshape(B, H, T, d)
 
     def attend_capped(self, q, k, v, mask):
-        """The same with Gemma 2's cap on the scores, which the fused kernel has no place for."""
+        """The same with Gemma 2's cap on the scores, which the fused kernel has no place for.
+
+        The mask is never None here.
+        """
         B, H, T, d = q.shape
         K, S = k.shape[1:3]
-        if mask is None and T > 1:
-            mask = attention_mask(torch.arange(T, device=q.device)[None], S)
         q = q.reshape(B, K, H // K * T, d)  # query heads that share a key/value head
         scores = q @ k.mT * (self.scale / self.softcap)  # [B, K, H/K * T, S]
-        scores = (torch.tanh(scores) * self.softcap).view(B, H, T, S)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -math.inf)
+        scores = torch.tanh(scores) * self.softcap
+        scores = scores.view(B, H, T, S).masked_fill(~mask, -math.inf)
         weights = torch.softmax(at_least_float32(scores), dim=-1).to(v.dtype)
         out = weights.view(B, K, H // K * T, S) @ v  # [B, K, H/K * T, d]
         return out.view(B, H, T, d)
@@ -450,12 +446,12 @@ class Decoder(nn.Module):
         for window in set(self.config.windows):
             # Attention needs no mask in two cases. T = 1: the new token sees all keys. T = S: all
             # keys are of this call, and each token sees those up to its own. In both cases it does
-            # need one if the rows have different lengths, or if a key lies beyond the window.
+            # need one if the rows have different lengths, if a key lies beyond the window, or if
+            # the scores are capped, which the fused kernel does not do.
             beyond_window = window is not None and num_keys > window
-            if T in (1, num_keys) and not ragged and not beyond_window:
-                masks[window] = None
-            else:
-                masks[window] = attention_mask(positions, num_keys, window)
+            masked = ragged or beyond_window or self.config.attn_logit_softcapping is not None
+            masked = masked or T not in (1, num_keys)
+            masks[window] = attention_mask(positions, num_keys, window) if masked else None
         return [(positions, rope, masks[window], cache) for window in self.config.windows]
 
     def rope(self, positions):
@@ -523,21 +519,18 @@ class Transformer(nn.Module):
         config = Config.from_dict(read_json(folder / "config.json"), folder / "config.json")
         weights = read_weights(folder, device, dtype or config.dtype)
         if config.tie_word_embeddings and HEAD in weights:
-            head = weights.pop(HEAD)
-            weights.setdefault(EMBEDDING, head)  # some converters store the head alone
-            if not torch.equal(head, weights[EMBEDDING]):  # what is stored counts
-                weights[HEAD] = head
+            weights.setdefault(EMBEDDING, weights[HEAD])  # some converters store the head alone
+            if torch.equal(weights[HEAD], weights[EMBEDDING]):
+                del weights[HEAD]
+            else:  # what is stored counts
                 config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)
-        found = {name: list(tensor.shape) for name, tensor in weights.items()}
-        expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name in found | expected:
-            if found.get(name) != expected.get(name):
-                raise ValueError(f"{folder}: {name} is {found.get(name, 'missing')} in the files, "
-                                 f"but {expected.get(name, 'unknown')} by config.json; is a file "
-                                 "missing, or from another model?")
-        model.load_state_dict(weights, assign=True)
+        try:
+            model.load_state_dict(weights, assign=True)
+        except RuntimeError as error:  # many lines
+            raise ValueError(f"{folder} does not fit its config.json: is a file missing, or from "
+                             f"another model? {' '.join(str(error).split()):.500}") from None
         return model.requires_grad_(False).eval()
 
 
@@ -547,32 +540,24 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 REPO_FILES = ["*config.json", "model*.safetensors", INDEX, "tokenizer.json", "special_tokens*",
               "*.jinja"]  # what is fetched from the hub
-GGUF = "is a GGUF file, which is not read: give the model that it was made from"
-PICKLE = "is a pickle, which is not read: load it in transformers and save it by save_pretrained()"
-OTHER_LAYOUTS = {  # files of models that are not read, and what to say of them
-    "adapter_config.json": "is of a PEFT adapter: in PEFT call merge_and_unload(), then "
-                           "save_pretrained(), and give the folder that this writes",
-    "*.gguf": GGUF, "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
-}
 
 
-def refuse_pointer(file):
-    """ValueError if the file is the note that Git LFS puts in place of a file not fetched yet."""
-    with open(file, "rb") as opened:
-        if opened.read(20) == b"version https://git-":
-            raise ValueError(f"{file} is only a Git LFS pointer: run `git lfs pull` in its folder, "
-                             "or fetch the file again")
+def advice(path, otherwise):
+    """What to do about a path that cannot be read, by beyond/foreign_files.py if that is there."""
+    try:
+        from beyond.foreign_files import explain
+    except ImportError:
+        return otherwise
+    return explain(path) or otherwise
 
 
 def read_json(file):
     """What a JSON file holds; OSError or ValueError in one line that names it."""
-    refuse_pointer(file)
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{file} is not text in UTF-8; save it so or fetch it again") from None
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); correct or fetch it again") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not valid JSON in UTF-8 ({error}); "
+                         f"{advice(file, 'correct or fetch it again')}") from None
 
 
 def resolve(name):
@@ -583,18 +568,12 @@ def resolve(name):
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        if folder.suffix.lower() == ".gguf":
-            raise OSError(f"{folder} {GGUF}")
         folder = fetch(name)
     has_weights = (folder / INDEX).exists() or any(folder.glob("model*.safetensors"))
-    for pattern, words in OTHER_LAYOUTS.items():
-        for file in folder.glob(pattern):
-            if pattern == "adapter_config.json" or not has_weights:
-                raise OSError(f"{file} {words}")
-    if not has_weights or not (folder / "config.json").exists():
-        missing = "config.json" if has_weights else "model*.safetensors"
-        raise FileNotFoundError(f"{folder / missing} is not there: a folder must hold both the "
-                                "config.json and the safetensors of a model")
+    is_adapter = (folder / "adapter_config.json").exists()
+    if is_adapter or not has_weights or not (folder / "config.json").exists():
+        needed = "it must hold config.json and model*.safetensors, and no adapter_config.json"
+        raise FileNotFoundError(f"{folder} holds no model that is read: {advice(folder, needed)}")
     return folder
 
 
@@ -603,8 +582,10 @@ def fetch(repo_id):
 
     Raises OSError in one line that says what to do.
     """
-    if not isinstance(repo_id, str) or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id):
-        raise FileNotFoundError(f"{repo_id} is not a folder, and no hub repo id owner/name either")
+    is_repo_id = isinstance(repo_id, str) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", repo_id)
+    if not is_repo_id or Path(repo_id).exists():
+        raise FileNotFoundError(f"{repo_id} is not a folder, and no hub repo id owner/name either; "
+                                f"{advice(repo_id, 'check its spelling')}")
     try:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(repo_id, allow_patterns=REPO_FILES))
@@ -626,8 +607,7 @@ def weight_files(folder):
         try:
             return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
         except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index} has no weight_map of tensors to files; fetch it "
-                             "again") from None
+            raise ValueError(f"{index} has no weight_map to files; fetch it again") from None
     if single.exists():
         return [single]
     files = sorted(folder.glob("model*.safetensors"))
@@ -638,16 +618,13 @@ def weight_files(folder):
 
 
 def open_weights(file):
-    """The open safetensors file; ValueError or OSError in one line if it is none."""
+    """The open safetensors file; ValueError in one line if there is none."""
     from safetensors import SafetensorError, safe_open
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is not there, but {INDEX} names it; fetch it again")
-    refuse_pointer(file)
     try:
         return safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is cut off, or no safetensors file ({error}); fetch it "
-                         "again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is absent, cut off, or no safetensors file ({error}); "
+                         f"{advice(file, 'fetch it again')}") from None
 
 
 def read_weights(folder, device, dtype):

@@ -1,4 +1,4 @@
-r"""Public data sets: their columns, their files on the hub, and files that are no JSON.
+r"""Public data sets: their columns, and their files on the hub.
 
 data.py hands a row here whose columns it does not know, and gets it back under its own names:
 
@@ -37,21 +37,6 @@ CONTENT = re.compile(r"(?:^|_)(?:images?|pictures?|figures?|audio|video|tables?|
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "chatgpt": "assistant", "model": "assistant", "system": "system"}
 SUMMARIZE = "Summarize the above article in 1 sentence."  # GRIFFIN's prompt
-PANDAS = "convert it with pandas: {}(FILE).to_json(NEW, orient='records', lines=True)"
-FORMATS = {  # how a file begins: what it is, and what to do
-    b"PAR1": "Parquet; " + PANDAS.format("read_parquet"),
-    b"ARROW1": "Arrow; " + PANDAS.format("read_feather"),
-    b"\xff\xff\xff\xff": "Arrow; load it with datasets.Dataset.from_file(FILE), then .to_json(NEW)",
-    b"PK\x03\x04": "a ZIP archive, which you unpack, or a spreadsheet; "
-                    + PANDAS.format("read_excel"),
-    b"\x1f\x8b": "gzip; unpack it with gunzip", b"BZh": "bzip2; unpack it with bunzip2",
-    b"\xfd7zXZ": "xz; unpack it with unxz", b"\x28\xb5\x2f\xfd": "zstd; unpack it with unzstd",
-    b"\xff\xfe": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"\xfe\xff": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8 FILE > NEW",
-    b"version https://git-lfs": "a Git LFS pointer; fetch the file itself with git lfs pull",
-    b"SQLite": "an SQLite data base; " + PANDAS.format("read_sql"),
-    b"\x80": "a pickle, which is not loaded; write it as JSON lines where it was made",
-    b"<": "an HTML or XML page, perhaps of a failed download; download it again"}
 
 
 # ---- Files
@@ -66,23 +51,6 @@ def download(file):
         return hf_hub_download(found[1], found[2], repo_type="dataset")
     except Exception as e:  # of several libraries
         raise OSError(f"cannot fetch {file}: {(str(e) or repr(e)).splitlines()[0]}") from None
-
-
-def file_format(content):
-    """What the bytes of a file are that do not begin as JSON in UTF-8, and what to do."""
-    for beginning, what in FORMATS.items():
-        if content.startswith(beginning):
-            return what
-    if b"\0" in content[:1000]:
-        return f"a binary file that begins with {content[:20]!r}, or UTF-16, or UTF-32"
-    try:
-        line = content.decode("utf-8-sig").strip().split("\n")[0].strip()
-    except UnicodeDecodeError as e:
-        return (f"byte {e.start + 1} is not UTF-8; if it is text, convert it with "
-                "iconv -f LATIN1 -t UTF-8 FILE > NEW, or from what encoding it has")
-    if re.search("[,;\t|]", line):
-        return f"CSV with the columns {line:.60}; " + PANDAS.format("read_csv")
-    return f"it begins with {line[:40]!r}; write one JSON object per line"
 
 
 # ---- Rows

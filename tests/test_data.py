@@ -441,15 +441,15 @@ def read_fails(file, says, evaluation):
     ({"response": "a", "answer": "a"}, "a row needs"),
     ({"question": "q", "response": "a", "answer": "a", "kind": "riddle"}, "kind is 'riddle', not"),
     ({"question": "q", "response": "a", "answer": "a", "kind": ["maths"]}, "kind is ['maths']"),
-    ({"messages": "hello"}, "messages is not a list of turns"),
-    ({"messages": ["hello"]}, "messages is not a list of turns"),
-    ({"messages": [{"content": "q"}]}, "no turn of the user"),
-    ({"messages": [{"role": "assistant", "content": "a"}]}, "no turn of the user"),
+    ({"messages": "hello"}, "messages is 'hello', not a list of turns"),
+    ({"messages": ["hello"]}, "messages is ['hello'], not a list of turns"),
+    ({"messages": [{"content": "q"}]}, "not a list of turns with role and content"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "one of them the user's"),
     ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}], "answer": "a"},
      "no question"),
     ({"messages": [{"role": "user", "content": ["q"]}], "answer": "a"}, "content is ['q'], not"),
     ({"messages": [{"role": "user", "content": None}], "answer": "a"}, "content is None, not text"),
-    ('{"question": "a \\ud800 b", "response": "a", "answer": "a"}', "half of a surrogate pair"),
+    ('{"question": "a \\ud800 b", "response": "a", "answer": "a"}', "surrogates not allowed"),
 ])
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_a_bad_line_is_named_in_one_line(tmp_path, row, says, evaluation):

