@@ -193,7 +193,7 @@ class Tokenizer:
 
     def encode(self, text, add_special_tokens=False):
         """The ids of a text. ValueError if it holds what is no character."""
-        text.encode()  # raises it for half of a surrogate pair, which JSON can hold
+        check_characters(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
@@ -207,6 +207,15 @@ class Tokenizer:
             run = list(run)
             text += self.tokenizer.decode(run) if known else REPLACED * len(run)
         return text
+
+
+def check_characters(text):
+    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"character {e.start + 1} is half of a surrogate pair: "
+                         f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
 
 
 def advice(file, otherwise):
@@ -444,7 +453,7 @@ def problem_from_row(row):
         raise ValueError(f"kind is {kind!r:.40}, not one of {', '.join(KINDS)}")
     if kind == "maths":
         answer = final_answer(answer) or answer or final_answer(response)
-    (question + response + answer).encode()  # ValueError for what is no character
+    check_characters(question + response + answer)
     return Problem(question, response, answer, kind, level)
 
 

@@ -270,7 +270,9 @@ class Cache:
         S = self.num_keys(T)
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:
-                stored.scatter_(2, positions[:, None, :, None].expand_as(new), new)
+                # scatter_ would do the same, but on a CPU it copies all that is stored.
+                rows = torch.arange(len(new), device=new.device)[:, None]  # [B, 1]
+                stored.transpose(1, 2).index_put_((rows, positions), new.transpose(1, 2))
             else:  # all positions are the same: a plain copy
                 stored[:, :, self.max_length:self.max_length + T] = new
         return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
@@ -555,9 +557,11 @@ def read_json(file):
     """What a JSON file holds; OSError or ValueError in one line that names it."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        reason = f"is not text in UTF-8, see its byte {error.start + 1}"
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON in UTF-8 ({error}); "
-                         f"{advice(file, 'correct or fetch it again')}") from None
+        reason = f"is not valid JSON ({error})"
+    raise ValueError(f"{file} {reason}; {advice(file, 'correct or fetch it again')}")
 
 
 def resolve(name):

@@ -449,7 +449,7 @@ def read_fails(file, says, evaluation):
      "no question"),
     ({"messages": [{"role": "user", "content": ["q"]}], "answer": "a"}, "content is ['q'], not"),
     ({"messages": [{"role": "user", "content": None}], "answer": "a"}, "content is None, not text"),
-    ('{"question": "a \\ud800 b", "response": "a", "answer": "a"}', "surrogates not allowed"),
+    ('{"question": "a \\ud800 b", "response": "a", "answer": "a"}', "half of a surrogate pair"),
 ])
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_a_bad_line_is_named_in_one_line(tmp_path, row, says, evaluation):
