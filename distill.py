@@ -439,8 +439,9 @@ def measure(model, tokenizer, unseen, args):
         problems = data.problems(kind, counts[kind], EVALUATION_SEED, evaluation=True)
         row[f"{column}_accuracy"], row[f"{column}_error"] = sample.evaluate(
             model, tokenizer, problems, max_new_tokens=128)
+    is_full = not caprese.sparse_layers(model)
     for name, samples in unseen.items():
-        row[f"{name} kl"] = kl_to_full(model, samples, args.micro_batch)
+        row[f"{name} kl"] = 0.0 if is_full else kl_to_full(model, samples, args.micro_batch)
     return row
 
 

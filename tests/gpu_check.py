@@ -163,6 +163,27 @@ def decoding(args):
     return {"shape": shape, "ratios": ratios, "rows": results}
 
 
+def compiled(args):
+    """Tokens of transformers by a static cache, whose step a GPU compiles, against plain ones."""
+    try:
+        import transformers
+    except ImportError:
+        say("  transformers is not installed: left out")
+        return {"left_out": "transformers is not installed"}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**tiny.CONFIG)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(args.device).eval()
+    tiny.fill(caprese.attach(model, "griffin", 0.4, rank=6))
+    prompt, found = tiny.tokens(1, 9, device=args.device), []
+    for cache in (None, "static"):
+        found.append(model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0,
+                                    max_new_tokens=24, min_new_tokens=24, do_sample=False,
+                                    cache_implementation=cache).tolist())
+    say(f"  transformers {transformers.__version__}: "
+        f"{'equal' if found[0] == found[1] else 'OTHER'} tokens by a static cache")
+    return {"failures": [] if found[0] == found[1] else found}
+
+
 # ---- distillation
 
 def random_samples(model, count, length):
@@ -235,7 +256,7 @@ def suite(args):
             "output": "\n".join(lines)[-4000:] if failed else ""}
 
 
-PARTS = (environment, capture, learning, decoding, memory, suite)
+PARTS = (environment, capture, compiled, learning, decoding, memory, suite)
 
 
 def has_failed(result):
