@@ -365,7 +365,7 @@ def progress(steps, name, total, **settings):
     """tqdm's bar over `steps`, on stderr; elsewhere than on a terminal a line every 5%."""
     if not sys.stderr.isatty():
         settings |= {"file": Lines(), "ncols": 0, "miniters": max(1, total // 20),
-                     "mininterval": 5, "maxinterval": math.inf}
+                     "delay": 5, "mininterval": 5, "maxinterval": math.inf}
     return tqdm(steps, desc=name, total=total, leave=False, **settings)
 
 
