@@ -32,16 +32,17 @@ from torch import nn
 from torch.nn import functional as F
 
 PHASES = ("full", "count", "decode", "teacher_forced")
+NOTHING_COUNTED = "no prompt selects: run one in the phase count, then call caprese.select"
 
 
 # ---- the sparse FF block
 
 class Call:
-    """What the present call of a model means. All sparse layers of the model share one Call."""
+    """The phase of a model's next call, and its masks; all sparse layers of the model share it."""
     phase = "full"
     counted = None    # bool [B, T]: in phase count, the tokens to count; None means all
     generated = None  # bool [B, T]: in phase teacher_forced, the tokens that are generated
-    by_hand = False   # True within `with phase(...)`
+    by_hand = False   # True within `with phase(...)`: then beyond/in_transformers.py keeps out
     hooks = ()        # of beyond/in_transformers.py
 
 
@@ -60,9 +61,9 @@ class SparseFF(nn.Module):
 
     where gate and z are those of `neurons`.
     """
-    row_state = ()   # names of the method's tensors, which have an entry for each row of the batch
-    gathers = False  # True: `gather` and `fused` decode on the kept neurons alone
-    shrunk = ()      # the matrices of which a generated token needs the kept neurons alone
+    row_state = ()       # names of the method's tensors that have an entry for each row of a batch
+    gathers = False      # True: it may decode on gathered neurons, by `gather` and `fused`
+    sparse_matrices = 0  # of Wg, W1, W2: of how many a generated token needs kept neurons alone
 
     def __init__(self, mlp, density, rank, call):
         super().__init__()
@@ -139,10 +140,9 @@ class SparseFF(nn.Module):
     def teacher_forced(self, x, generated):
         """FF(x), but sparse() where generated [B, T] is True: [B, T, D] -> [B, T, D]."""
         gate, z = self.neurons(x)
-        selection = self.selection(x, gate, z, ~generated)
-        generated = generated[..., None]
-        z = torch.where(generated, self.sparsify(x, gate, z, selection), z)
-        return self.down_proj(z) + torch.where(generated, self.correction(x), 0)
+        selection = self.selection(x, gate, z, ~generated)  # the prompt selects, as in a prefill
+        sparse = self.sparse(x, gate, z, selection)
+        return torch.where(generated[..., None], sparse, self.down_proj(z))
 
     def residual(self, x, generated):
         """FF(x) - FF_sparse(x), what (7) regresses on x: [B, T, D] -> [B, T, D]."""
@@ -153,13 +153,13 @@ class SparseFF(nn.Module):
     def active_parameters(self):
         """How many parameters a generated token uses: kept neurons and the correction."""
         D, F_ = self.gate_proj.in_features, self.gate_proj.out_features
-        dropped = len(self.shrunk) * D * (F_ - self.num_kept)
+        dropped = self.sparse_matrices * D * (F_ - self.num_kept)
         return sum(p.numel() for p in self.parameters()) - dropped
 
     # -- state
 
     def reorder(self, rows):
-        """Continue with these rows [n] int64 of the batch; a row may occur several times."""
+        """Keep these rows [n] int64 of the batch, in this order; a row may occur several times."""
         for name in self.row_state:
             value = getattr(self, name)
             if value is not None:
@@ -188,7 +188,7 @@ class GRIFFIN(SparseFF):
     """
     row_state = ("s", "kept")
     gathers = True
-    shrunk = ("gate_proj", "up_proj", "down_proj")
+    sparse_matrices = 3
 
     def __init__(self, mlp, density, rank, call):
         super().__init__(mlp, density, rank, call)
@@ -206,18 +206,18 @@ class GRIFFIN(SparseFF):
 
         Zbar_i = Z_i / |Z_i| for each token i, then s_j = |Zbar[:, j]| for each neuron j.
         """
-        sum_dtype = torch.promote_types(z.dtype, torch.float32)  # bfloat16 is too coarse for sums
-        energy = z.to(sum_dtype).square()                        # [B, T, F], Z_ij^2
-        weight = 1 / energy.sum(-1).clamp_min(1e-30)             # [B, T], 1 / |Z_i|^2
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 is too coarse for sums
+        Zbar = F.normalize(z, dim=-1)                           # [B, T, F]
         if counted is not None:
-            weight = weight * counted
-        return (weight[..., None] * energy).sum(1).sqrt()        # [B, F], s
+            Zbar = Zbar * counted[..., None]
+        return Zbar.norm(dim=1)                                 # [B, F], s
 
     def merge(self, s, s_G):
-        """The statistic of all tokens, from that of the earlier and of the later ones."""
+        """The statistic of all tokens, from those of the earlier and of the later ones: [B, F]."""
         return torch.hypot(s, s_G)  # section 4.1.1: sqrt(s^2 + s_G^2)
 
     def reset(self):
+        """Forget the tokens counted so far."""
         self.s = None
 
     @torch.no_grad()
@@ -245,6 +245,8 @@ class GRIFFIN(SparseFF):
 
     @torch.no_grad()
     def select(self):
+        if self.s is None:
+            raise ValueError(NOTHING_COUNTED)
         neurons = self.top_neurons(self.s)  # [B, k]
         rows_agree = torch.equal(neurons, neurons[:1].expand_as(neurons))
         self.compact = self.gathers and rows_agree
@@ -259,6 +261,8 @@ class GRIFFIN(SparseFF):
     def decode(self, x):
         if self.compact:
             return self.fused(x)
+        if self.kept is None:
+            raise ValueError(NOTHING_COUNTED)
         gate, z = self.neurons(x)
         return self.sparse(x, gate, z, self.kept)
 
@@ -298,7 +302,7 @@ class CATS(SparseFF):
     prompt_tau is that of the prompt counted last, tau that of the last selection.
     """
     row_state = ("prompt_tau", "tau")
-    shrunk = ("up_proj", "down_proj")  # all of Wg is needed to choose the neurons
+    sparse_matrices = 2  # all of Wg is needed to choose the neurons
 
     def threshold(self, gate, counted=None):
         """tau of (5): gate [B, T, F] -> [B] float32.
@@ -317,7 +321,7 @@ class CATS(SparseFF):
 
     def sparsify(self, x, gate, z, tau):
         tau = tau.to(gate.dtype)[:, None, None]
-        return z * (gate.abs() >= tau)  # (5)
+        return z * (gate.abs() >= tau)  # (5): T_tau(gate) * x W1, for z is gate * x W1
 
     def reset(self):
         self.prompt_tau = None
@@ -328,9 +332,13 @@ class CATS(SparseFF):
             self.prompt_tau = self.threshold(gate, counted)
 
     def select(self):
+        if self.prompt_tau is None:
+            raise ValueError(NOTHING_COUNTED)
         self.buffer("tau", self.prompt_tau.shape, torch.float32).copy_(self.prompt_tau)
 
     def decode(self, x):
+        if self.tau is None:
+            raise ValueError(NOTHING_COUNTED)
         gate, z = self.neurons(x)
         return self.sparse(x, gate, z, self.tau)
 
@@ -363,21 +371,20 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     block = METHODS.get(method, method)
     if not (isinstance(block, type) and issubclass(block, SparseFF)):
         raise ValueError(f"unknown method {method!r}; these are: {', '.join(METHODS)}")
-    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if type(density) not in (int, float) or not 0 < density <= 1:
         raise ValueError(f"density is {density!r}, but it must be a number in (0, 1]")
-    detach(model)
     all_layers = decoder(model).layers
     indices = layer_indices(layers, len(all_layers), block)
-    of_transformers = hasattr(model, "generate")  # ours has none
-    if of_transformers:
+    if of_transformers(model):
         from beyond import in_transformers
         in_transformers.check(model, indices)
     hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
     if not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
     gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
+    detach(model)
     call = Call()
-    if of_transformers:
+    if of_transformers(model):
         call.hooks = in_transformers.watch(model, call)
     for i in indices:
         ff = block(all_layers[i].mlp, density, rank, call)
@@ -409,6 +416,11 @@ def detach(model):
     return model
 
 
+def of_transformers(model):
+    """Is this a model of transformers? Ours has no generate()."""
+    return hasattr(model, "generate")
+
+
 def decoder(model):
     """The part that holds the layers; models of transformers for text and images nest it.
 
@@ -424,8 +436,8 @@ def decoder(model):
 
 def sparse_layers(model):
     """{layer index: its SparseFF}, in order; empty if nothing is attached."""
-    mlps = enumerate(getattr(layer, "mlp", None) for layer in decoder(model).layers)
-    return {i: mlp for i, mlp in mlps if isinstance(mlp, SparseFF)}
+    mlps = [getattr(layer, "mlp", None) for layer in decoder(model).layers]
+    return {i: mlp for i, mlp in enumerate(mlps) if isinstance(mlp, SparseFF)}
 
 
 @contextmanager
@@ -439,7 +451,8 @@ def phase(model, name, counted=None, generated=None):
     """
     if name not in PHASES:
         raise ValueError(f"unknown phase {name!r}; these are: {', '.join(PHASES)}")
-    call = next((ff.call for ff in sparse_layers(model).values()), Call())
+    layers = list(sparse_layers(model).values())
+    call = layers[0].call if layers else Call()  # nothing attached: the phase has no effect
     before = call.phase, call.counted, call.generated, call.by_hand
     call.phase, call.counted, call.generated, call.by_hand = name, counted, generated, True
     try:
@@ -461,7 +474,7 @@ def select(model):
 
 
 def reorder(model, rows):
-    """Continue with these rows [n] int64 of the batch; a row may occur several times."""
+    """Keep these rows [n] int64 of the batch, in this order; a row may occur several times."""
     for ff in sparse_layers(model).values():
         ff.reorder(rows)
 
@@ -624,34 +637,43 @@ def load_tensors(file):
 def try_block(block, act_fn):
     """May a class decode on gathered neurons? It may if both paths compute the same.
 
-    A tiny block of the class takes a prompt and one more token: by the masked path, by teacher
-    forcing, and by the compact path if it gathers. Raises ValueError if a method is missing, or if
-    the first two differ: then training would learn another function than decoding runs.
+    A tiny block of the class takes two prompts and one more token each: by the masked path, by
+    teacher forcing, and one of them by the compact path if it gathers. Raises ValueError if a
+    method is missing, or if what the class brings does not agree with its other methods.
     """
-    name, ff = method_name(block), tiny_block(block, act_fn)
-    x = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    try:
-        masked = decode_last(ff, x, gathers=False)
-        forced = ff.teacher_forced(x, torch.arange(9)[None] == 8)[:, -1:]
-    except AttributeError as error:
-        raise ValueError(f"{name} lacks something that SparseFF asks for: {error}") from None
+    name = method_name(block)
+    needed = ["reset", "count", "select", "decode"]
+    if block.teacher_forced is SparseFF.teacher_forced:
+        needed += ["selection", "sparsify"]
+    missing = [method for method in needed if not hasattr(block, method)]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
+    ff = tiny_block(block, act_fn)
+    x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    masked = decode_last(ff, x, gathers=False)
+    forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
+    ff.count(x, *ff.neurons(x), None)  # as a reselection does: merge must work
+    ff.select()
     if not torch.allclose(forced, masked):
         raise ValueError(f"{name} would learn another function than it decodes by: its "
-                         "teacher_forced does not compute what its sparse does")
+                         "teacher_forced does not compute what its count, select and decode do")
     if not block.gathers:
         return False
     try:
-        same = torch.allclose(decode_last(ff, x, gathers=True), masked)
+        same = torch.allclose(decode_last(ff, x[:1], gathers=True), masked[:1])
     except AttributeError:  # the correction has no L and R to gather
         same = False
+    if not same and (block.gather, block.fused) != (GRIFFIN.gather, GRIFFIN.fused):
+        raise ValueError(f"{name} brings a gather or a fused that does not compute what its "
+                         "sparsify and correction do")
     if not same:
-        print(f"note: gather and fused of {name} do not compute what its sparsify and correction "
-              "do; decoding takes the masked path, which saves no time", file=sys.stderr)
+        print(f"note: gather and fused do not compute what sparsify and correction of {name} do; "
+              "decoding takes the masked path, which saves no time", file=sys.stderr)
     return same
 
 
 def decode_last(ff, x, gathers):
-    """The output [1, 1, D] of the last token of x [1, T, D]; the others are the prompt."""
+    """The outputs [B, 1, D] of the last token of x [B, T, D]; the others are the prompt."""
     ff.gathers = gathers
     ff.reset()
     ff.count(x[:, :-1], *ff.neurons(x[:, :-1]), None)

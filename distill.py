@@ -26,7 +26,9 @@ import data
 import sample
 from model import resolve
 
-RECIPES = {  # a flag that is not given: the bundled model's value, an own model's, that of --paper
+# The default of a flag for (the bundled model, --model, --paper). The layer-wise Adam's own numbers
+# are the defaults of train_layerwise.
+RECIPES = {
     "samples": (6000, 20000, 20000),
     "rank": (40, 256, 256),
     "layerwise": ("closed", "closed", "adam"),
@@ -50,7 +52,7 @@ def visit_residuals(model, batch, visit):
     """
     def hook(ff, inputs, output):
         x = inputs[0]
-        e = ff.residual(x, batch.generated)
+        e = ff.residual(x, batch.generated)  # computes the FF again, so that forward stays plain
         visit(ff, x[batch.response], e[batch.response])
 
     hooks = [ff.register_forward_hook(hook) for ff in caprese.sparse_layers(model).values()]
@@ -114,8 +116,8 @@ def closed_form(A, C, rank, eps=1e-6):
 
     Exactly, it minimises sum |e - x L R|^2 + ridge |L R|^2, where the ridge is eps times the mean
     of A's diagonal. B = (A + ridge I)^-1 C is the solution of full rank. Among all maps of rank r
-    the best is B V V^T, where V are the top r eigenvectors of C^T B, the covariance of what B
-    predicts. Returns L = B V [D, r] and R = V^T [r, D], best directions first.
+    the best is B V V^T, where V are the top r eigenvectors of C^T B = B^T (A + ridge I) B.
+    Returns L = B V [D, r] and R = V^T [r, D], best directions first.
     """
     ridge = eps * A.diagonal().mean().clamp_min(1e-30)
     B = torch.linalg.solve(A + ridge * torch.eye(len(A), dtype=A.dtype, device=A.device), C)
@@ -160,23 +162,29 @@ def layerwise_backward(model, batch):
 
 
 def e2e_backward(model, batch, distance):
-    """The distance of the sparse model's final embeddings from the full model's. Returns it."""
+    """Backward of the distance between the final embeddings of the sparse and of the full model.
+
+    The one model plays both parts, by its phase. Returns the distance.
+    """
     with torch.no_grad(), caprese.phase(model, "full"):
-        teacher = embeddings(model, batch.tokens)[batch.response]  # [N, D]; the weights are shared
+        teacher = embeddings(model, batch.tokens)[batch.response]  # [N, D]
     with caprese.phase(model, "teacher_forced", generated=batch.generated):
         student = embeddings(model, batch.tokens)[batch.response]  # [N, D]
-        loss = distance(model, student, teacher)
+        loss = distance(student, teacher)
         loss.backward()  # within the phase, for checkpointing runs the blocks again
     return loss.detach()
 
 
-def mse(model, student, teacher):
-    """Equation (8): the MSE between the final embeddings [N, D] of both, summed over the tokens."""
+def mse(student, teacher):
+    """Equation (8): the MSE between final embeddings [N, D], summed over the tokens."""
     return (student.float() - teacher.float()).square().mean(-1).sum()  # (8)
 
 
 def kl_divergence(model, student, teacher):
-    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats."""
+    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats.
+
+    Summed over the tokens of the final embeddings [N, D].
+    """
     chunks = zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK))
     return sum(recompute_later(kl_of_chunk, model, s, t, use_reentrant=False) for s, t in chunks)
 
@@ -190,8 +198,8 @@ def kl_of_chunk(model, student, teacher):
 
 @torch.no_grad()
 def kl_to_full(model, samples, micro_batch=4):
-    """Mean KL(full || sparse) in nats over all response positions that have a next token."""
-    total, count = 0.0, 0
+    """Mean KL(full || sparse) in nats over the response positions that predict a response token."""
+    total, num_tokens = 0.0, 0
     batches = data.batch_indices(samples, micro_batch)
     for indices in sample.progress(batches, "KL", len(batches)):
         batch = data.collate(samples, indices, model.device)
@@ -201,12 +209,12 @@ def kl_to_full(model, samples, micro_batch=4):
         with caprese.phase(model, "teacher_forced", generated=batch.generated):
             sparse = embeddings(model, batch.tokens)[:, :-1][followed]
         total += float(kl_divergence(model, sparse, full))
-        count += len(full)
+        num_tokens += len(full)
     if not math.isfinite(total):
         raise overflow(model.dtype)
-    if count == 0:
+    if num_tokens == 0:
         raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
-    return total / count
+    return total / num_tokens
 
 
 # ---- Adam
@@ -220,9 +228,10 @@ def train_end_to_end(model, samples, lr=1e-4, epochs=3, batch_size=16, loss="mse
                      gradient_checkpointing=False, **settings):
     """Equation (8) by Adam, or with loss="kl" ours. settings are those of train().
 
+    loss may also be a function of your own, from final embeddings (student, teacher), [N, D] each.
     gradient_checkpointing computes activations again in the backward pass, to save memory.
     """
-    distance = {"mse": mse, "kl": kl_divergence}[loss]
+    distance = {"mse": mse, "kl": partial(kl_divergence, model)}.get(loss, loss)
     recompute_activations(model, gradient_checkpointing)
     try:
         train(model, samples, partial(e2e_backward, distance=distance), "E2E", lr, epochs,
@@ -253,20 +262,21 @@ def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16
     first = checkpoint.restore(name, state) if checkpoint else 0
     bar = sample.progress(range(first, total), name, total, initial=first)
     for step in bar:
-        optimizer.zero_grad()
+        for parameter in learned.values():
+            parameter.grad = torch.zeros_like(parameter)
         loss = torch.zeros((), device=model.device)
         for batch in micro_batches(samples, schedule[step], micro_batch, model.device):
             loss += backward(model, batch)
-        all_reduce(loss, *(p.grad for p in learned.values()))
-        # Only now does the sum become a mean: in float16 a mean's gradients would vanish.
         num_tokens = sum(len(samples[i][1]) for i in schedule[step])
-        for parameter in learned.values():
-            parameter.grad /= num_tokens
-        gradients_are_finite = all(p.grad.isfinite().all() for p in learned.values())
-        if not (loss.isfinite() and gradients_are_finite):
+        gradients = [parameter.grad for parameter in learned.values()]
+        all_reduce(loss, *gradients)
+        for gradient in gradients:  # only now a mean: in float16 the gradients of a mean vanish
+            gradient /= num_tokens
+        if not all(tensor.isfinite().all() for tensor in (loss, *gradients)):
             raise overflow(model.dtype)
-        decay = (total - step) / (total - warm_up + 1)
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / warm_up, decay)
+        rise = (step + 1) / warm_up                     # to 1, over the first 2% of the steps
+        fall = (total - step) / (total - warm_up + 1)   # from 1, over the others
+        optimizer.param_groups[0]["lr"] = lr * min(rise, fall)
         optimizer.step()
         bar.set_postfix(loss=f"{loss / num_tokens:.4f}", refresh=False)
         if checkpoint and ((step + 1) % save_every == 0 or step + 1 == total):
@@ -284,10 +294,10 @@ def adam_memory(optimizer, parameters):
 
 
 def overflow(dtype):
-    """The error for numbers that are infinite or no numbers."""
+    """The error for numbers that are inf or NaN."""
     if dtype == torch.float16:
-        return ValueError("overflow: a number is not finite in torch.float16; try --dtype bfloat16")
-    return ValueError(f"a number is not finite in {dtype}: the weights are damaged, or the "
+        return ValueError("overflow: a number is inf or NaN in torch.float16; try --dtype bfloat16")
+    return ValueError(f"a number is inf or NaN in {dtype}: the weights are damaged, or Adam's "
                       "learning rate is too high")
 
 
@@ -297,7 +307,7 @@ def overflow(dtype):
 
 def embeddings(model, tokens):
     """The final embeddings, after the last norm: tokens [B, T] int64 -> [B, T, D]."""
-    if hasattr(model, "generate"):
+    if caprese.of_transformers(model):
         from beyond import in_transformers
         return in_transformers.embeddings(model, tokens)
     return model.model(tokens)
@@ -305,7 +315,7 @@ def embeddings(model, tokens):
 
 def logits(model, hidden_states):
     """The language-model head on final embeddings: [N, D] -> [N, V]."""
-    if hasattr(model, "generate"):
+    if caprese.of_transformers(model):
         from beyond import in_transformers
         return in_transformers.logits(model, hidden_states)
     return model.logits(hidden_states)
@@ -313,7 +323,7 @@ def logits(model, hidden_states):
 
 def recompute_activations(model, wanted):
     """Gradient checkpointing: compute activations again in the backward pass, or keep them."""
-    if hasattr(model, "generate"):
+    if caprese.of_transformers(model):
         from beyond import in_transformers
         in_transformers.recompute_activations(model, wanted)
     else:
@@ -323,7 +333,7 @@ def recompute_activations(model, wanted):
 # ---- several processes: beyond/several_devices.py starts them; here there is one
 
 def process_group():
-    """(rank, world_size) of this process."""
+    """(the number of this process, how many there are)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -339,10 +349,10 @@ def micro_batches(samples, indices, micro_batch, device):
 
     A process without samples of its own gets one whose response does not count.
     """
-    rank, world_size = process_group()
-    size = micro_batch * world_size
+    process, num_processes = process_group()
+    size = micro_batch * num_processes
     for start in range(0, len(indices), size):
-        own = indices[start:start + size][rank::world_size]
+        own = indices[start:start + size][process::num_processes]
         yield data.collate(samples, own or indices[:1], device, counted=bool(own))
 
 
@@ -402,14 +412,14 @@ def read_samples(file, count, args, tokenizer):
     return data.encode_samples(data.read_problems(file, count), tokenizer, args.max_tokens)
 
 
-def say_what_teaches(samples, model, out):
-    """Print how many tokens teach; a warning if x L R can follow each of them."""
+def print_samples(samples, model, out):
+    """Print how many tokens teach; a warning if x L R can memorise them."""
     count = sum(len(response) for _, response in samples)
     print(f"{len(samples)} samples, {count} response tokens.", file=out)
     hidden_size = caprese.decoder(model).config.hidden_size
     if count < hidden_size:
         print(f"note: {count} response tokens are fewer than the hidden_size, {hidden_size}: "
-              "x L R will learn them by heart", file=sys.stderr)
+              "x L R can memorise them", file=sys.stderr)
 
 
 def layerwise_stage(model, samples, args, checkpoint):
@@ -431,14 +441,17 @@ def layerwise_stage(model, samples, args, checkpoint):
 
 
 def measure(model, tokenizer, unseen, args):
-    """Columns of the table: the bundled model's accuracy on held-out problems, with its standard
-    error, and the KL to the full model on each of the unseen sets {name: samples}."""
+    """Columns of the table: the bundled model's accuracies on held-out problems, with their errors.
+
+    And the KL to the full model on each of the unseen sets {name: samples}.
+    """
     row = {}
-    counts = {"maths": args.eval_samples, "reading": (args.eval_samples + 1) // 2}
-    for kind, column in {} if args.model else {"maths": "math", "reading": "reading"}.items():
-        problems = data.problems(kind, counts[kind], EVALUATION_SEED, evaluation=True)
-        row[f"{column}_accuracy"], row[f"{column}_error"] = sample.evaluate(
-            model, tokenizer, problems, max_new_tokens=128)
+    if not args.model:
+        counts = {"maths": args.eval_samples, "reading": (args.eval_samples + 1) // 2}
+        for kind, column in (("maths", "math"), ("reading", "reading")):
+            problems = data.problems(kind, counts[kind], EVALUATION_SEED, evaluation=True)
+            row[f"{column}_accuracy"], row[f"{column}_error"] = sample.evaluate(
+                model, tokenizer, problems, max_new_tokens=128)
     is_full = not caprese.sparse_layers(model)
     for name, samples in unseen.items():
         row[f"{name} kl"] = 0.0 if is_full else kl_to_full(model, samples, args.micro_batch)
@@ -457,7 +470,7 @@ def recovered(rows):
     return None if full == sparse else (current - sparse) / (full - sparse)
 
 
-def layer_indices(text):
+def parse_layers(text):
     """What --layers gives: "all", or indices; argparse reports anything else."""
     return text if text == "all" else [int(i) for i in text.split(",")]
 
@@ -498,7 +511,7 @@ def arguments(argv=None, parents=()):
     sample.method_arguments(parser, default="griffin")
     add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
     add("--density", type=float, default=0.5, help="kept neurons, in (0, 1] (default: %(default)s)")
-    add("--layers", type=layer_indices, help="all, or numbers as 0,1,2 (default: as in the paper)")
+    add("--layers", type=parse_layers, help="all, or numbers as 0,1,2 (default: as in the paper)")
     add("--data", help="training samples: JSONL, JSON, hf://datasets/OWNER/NAME/FILE", **files)
     add("--eval-data", help="unseen samples to measure the KL to the full model on", **files)
     add("--eval-samples", type=sample.positive, default=500, help="default: %(default)s")
@@ -567,8 +580,8 @@ def open_checkpoint(args, settings, out):
 def distill(args, load=sample.load, shard=None, measure=measure, command=("sample.py",)):
     """Both stages and the table, as args say; writes the adapter.
 
-    The rooms of beyond/ hand in what differs there: load(args) -> (model, tokenizer), shard(model),
-    which spreads the base weights over devices, measure(...), and the command that answers.
+    load, shard, measure and command are others in beyond/in_transformers.py and
+    beyond/several_devices.py. shard(model) spreads the base weights over devices.
     """
     torch.manual_seed(args.seed)
     out = sys.stderr if args.json else sys.stdout
@@ -578,11 +591,11 @@ def distill(args, load=sample.load, shard=None, measure=measure, command=("sampl
     unseen = {Path(file).stem: read_samples(file, args.eval_samples, args, tokenizer)
               for file in args.eval_data}
     model, _ = load(args)  # takes long, so a file that is missing is noticed before
-    # Flags that do not fit this model are noticed here, not after it has been measured.
-    caprese.detach(caprese.attach(model, args.method, args.density, args.layers, args.rank))
+    caprese.attach(model, args.method, args.density, args.layers, args.rank)  # do the flags fit?
+    caprese.detach(model)
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
-    say_what_teaches(samples, model, out)
+    print_samples(samples, model, out)
     if shard:
         shard(model)
     rows = checkpoint.about["rows"]

@@ -84,38 +84,36 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     that fills the context, and on logits that are not finite.
     """
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
-    lengths = check_lengths(model, tokens, prompt_lengths)
+    lengths = check_context(model, tokens, prompt_lengths)
     context = model.config.max_position_embeddings
     cache, logits = prefill(model, tokens, max_new_tokens, lengths, samples)
     lengths = lengths.repeat_interleave(samples)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=tokens.device)
-    output = torch.zeros_like(lengths)                   # [B * samples], the newest token of each
+    output = torch.zeros_like(lengths)                       # [B * samples], the newest tokens
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(lengths), device=tokens.device)  # those that are still decoded
-    since_selection = []  # the tokens [rows] of each step since then
-    for count in range(1, max_new_tokens + 1):
-        token = choose(logits, temperature, top_p, generator)
+    fed = []                                                 # tokens since the last selection
+    for step in range(1, max_new_tokens + 1):
+        token = choose(logits, temperature, top_p, generator)  # [rows]
         output[rows] = torch.where(finished[rows], output[rows], token)
         yield output.clone()
         finished |= torch.isin(output, stops)
-        context_is_full = ~finished & (lengths + count >= context)
+        context_is_full = ~finished & (lengths + step >= context)
         output[context_is_full] = -1
         finished |= context_is_full
-        if count == max_new_tokens or finished.all():
+        if step == max_new_tokens or finished.all():
             return
-        since_selection.append(token)
-        unfinished = ~finished[rows]
-        if unfinished.sum() <= SHRINK * len(rows):
-            kept = unfinished.nonzero().flatten()
-            rows = rows[kept]
+        fed.append(token)
+        if (~finished[rows]).sum() <= SHRINK * len(rows):  # most of a batch would be wasted
+            kept = (~finished[rows]).nonzero().flatten()
             reorder(model, cache, kept)
-            since_selection = [fed[kept] for fed in since_selection]
-        if len(since_selection) == reselect:
-            logits = reselect_neurons(model, cache, torch.stack(since_selection, dim=1))
-            since_selection = []
+            rows, fed = rows[kept], [token[kept] for token in fed]
+        if len(fed) == reselect:
+            logits = reselect_neurons(model, cache, torch.stack(fed, dim=1))
+            fed = []
         else:
             with caprese.phase(model, "decode"):
-                logits = model.decode(since_selection[-1], cache)
+                logits = model.decode(fed[-1], cache)
 
 
 def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1):
@@ -128,7 +126,7 @@ def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1)
         raise ValueError("max_new_tokens, samples and reselect must be at least 1")
 
 
-def check_lengths(model, tokens, prompt_lengths=None):
+def check_context(model, tokens, prompt_lengths=None):
     """The lengths [B] of the prompts in tokens [B, S]; ValueError if one fills the context."""
     if prompt_lengths is None:
         prompt_lengths = [tokens.shape[1]] * len(tokens)
@@ -176,12 +174,12 @@ def reselect_neurons(model, cache, tokens):
     selected anew (section 4.1.1). The last of the tokens has not been fed before, so that rho = 1
     is the full model.
     """
-    cache.advance(1 - tokens.shape[1])
+    cache.advance(1 - tokens.shape[1])  # back to before the first of them
     return model.logits(count_and_select(model, tokens, cache)[:, -1])
 
 
 def reorder(model, cache, rows):
-    """Continue with these rows [n] int64 of the batch; a row may occur several times."""
+    """Keep these rows [n] int64 of the batch, in this order; a row may occur several times."""
     caprese.reorder(model, rows)
     cache.reorder(rows)
 
@@ -221,8 +219,10 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
                        prompt_lengths=lengths, **settings)
         for i, ids in zip(batch, new.tolist()):
             ids = answer_ids(ids, tokenizer)
-            thinks = tokenizer.prompt(questions[i]).rstrip().endswith("<think>")
-            yield i, thinks * "<think>" + tokenizer.decode(ids), len(ids)
+            response = tokenizer.decode(ids)
+            if tokenizer.prompt(questions[i]).rstrip().endswith("<think>"):
+                response = "<think>" + response
+            yield i, response, len(ids)
 
 
 def answer_ids(ids, tokenizer):
@@ -520,7 +520,7 @@ def arguments():
     add("prompt", nargs="?", help="default: a hard problem, which the bundled model answers 3 ways")
     add("--density", type=float, help="kept neurons, in (0, 1] (default: the adapter's, or 0.5)")
     add("--adapter", help="file written by distill.py")
-    add("--compare", action="store_true", help="full, sparse and sparse + Caprese, one below other")
+    add("--compare", action="store_true", help="answer by full, sparse and sparse + Caprese")
     add("--reselect", type=positive, help="rho: reselect every so many tokens (default: never)")
     add("-n", type=positive, default=1, help="samples of each prompt (default: %(default)s)")
     add("--temperature", type=float, help="default: 0, or the paper's 0.6 with -n above 1")

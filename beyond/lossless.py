@@ -44,7 +44,7 @@ def stream(model, tokens, max_new_tokens, rho, temperature=0.0, top_p=1.0, stop_
     finite.
     """
     sample.check_decoding(max_new_tokens, temperature, top_p, rho)
-    prompt_lengths = sample.check_lengths(model, tokens)
+    prompt_lengths = sample.check_context(model, tokens)
     if len(tokens) > 1:
         raise ValueError(f"there are {len(tokens)} prompts, but verified decoding takes one row")
     if not caprese.sparse_layers(model):

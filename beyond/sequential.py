@@ -49,7 +49,7 @@ def fit(model, samples, micro_batch, checkpoint=None):
 
 def check(model):
     """ValueError, in one line, for what cannot be fitted block by block."""
-    if hasattr(model, "generate"):
+    if caprese.of_transformers(model):
         raise ValueError("a model of transformers cannot be fitted block by block; "
                          "take distill.fit_closed_form")
     for ff in caprese.sparse_layers(model).values():

@@ -621,8 +621,26 @@ def test_a_statistic_of_its_own_brings_its_own_merge(device):
 
 
 class OtherTraining(caprese.GRIFFIN):
-    def sparse(self, x, gate, z, kept):
-        return super().sparse(x, gate, z, kept) + 1
+    def teacher_forced(self, x, generated):
+        return super().teacher_forced(x, generated) + 1
+
+
+class OnlyFused(caprese.GRIFFIN):
+    def fused(self, x):
+        return 2 * super().fused(x)
+
+
+class OneRow(caprese.GRIFFIN):
+    def sparsify(self, x, gate, z, kept):
+        return z * kept[:1, None]
+
+    def selection(self, x, gate, z, counted):
+        return super().selection(x, gate, z, counted).flip(0)
+
+
+class BadMerge(caprese.GRIFFIN):
+    def merge(self, s, s_G):
+        return s.no_such_thing
 
 
 class Unfinished(caprese.SparseFF):
@@ -631,13 +649,26 @@ class Unfinished(caprese.SparseFF):
 
 @pytest.mark.parametrize("block, says", [
     (OtherTraining, "would learn another function than it decodes by"),
-    (Unfinished, "lacks something that SparseFF asks for"),
-    (caprese.SparseFF, "lacks something that SparseFF asks for")])
+    (OnlyFused, "brings a gather or a fused that does not compute"),
+    (OneRow, "would learn another function than it decodes by"),
+    (BadMerge, "no attribute 'no_such_thing'"),
+    (Unfinished, "lacks reset, count, select, decode, selection, sparsify"),
+    (caprese.SparseFF, "lacks reset")])
 def test_a_class_that_cannot_work_is_refused(block, says, device):
-    model = tiny.model(device=device)
-    with pytest.raises(ValueError, match=says):
+    """Before anything is attached; what was attached before stays. Its own errors are its own."""
+    model = caprese.attach(tiny.model(device=device), "cats")
+    with pytest.raises((ValueError, AttributeError), match=says):
         caprese.attach(model, block)
-    assert not caprese.sparse_layers(model)
+    assert {type(ff) for ff in caprese.sparse_layers(model).values()} == {caprese.CATS}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_nothing_was_counted_for_is_refused_in_words(method, device):
+    model, tokens = attached(device, method), tiny.tokens(1, 5, device=device)
+    with pytest.raises(ValueError, match="no prompt selects"):
+        caprese.select(model)
+    with pytest.raises(ValueError, match="no prompt selects"), caprese.phase(model, "decode"):
+        model(tokens)
 
 
 def test_trying_a_class_draws_no_number(device):

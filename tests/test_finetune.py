@@ -188,7 +188,7 @@ def test_a_step_that_is_no_number_ends_the_run_and_keeps_the_last_state(finetune
         return loss
 
     monkeypatch.setattr(finetune, "backward", damaged)
-    with pytest.raises(ValueError, match="not finite in torch.bfloat16"):
+    with pytest.raises(ValueError, match="inf or NaN in torch.bfloat16"):
         run(finetune, monkeypatch, *flags(samples, tmp_path / "model"))
     tensors, about = caprese.load_tensors(tmp_path / "model.state")
     assert about["step"] == 1 and all(tensor.isfinite().all() for tensor in tensors.values())
