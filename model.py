@@ -139,7 +139,7 @@ class Cache:
         self.max_length += num_tokens
 
     def set_lengths(self, lengths):
-        """Let row b hold lengths[b] tokens, [B] int64. Later entries are masked, then overwritten."""
+        """Let row b hold lengths[b] tokens, [B] int64. Entries behind them are masked."""
         self.lengths.copy_(lengths)
         self.max_length = int(lengths.max())
         self.ragged = bool((lengths != lengths[0]).any())
@@ -225,9 +225,9 @@ class Attention(nn.Module):
         B, H, T, d = q.shape
         K = k.shape[1]
         if T == 1:
-            # The H/K query heads that share a key/value head become H/K rows of that head: they are
-            # at one position, so the same mask holds. Else the kernel would copy the keys for each
-            # head: on a CPU a step of Llama 3.2 1B at 2048 positions would take a quarter longer.
+            # The H/K query heads that share a key/value head become H/K rows of it, as they are at
+            # one position. So the kernel does not copy the keys for each head. On a CPU, at 2048
+            # positions, it saves 4% of Llama 3.2 1B's step in float32 and 20% in bfloat16.
             q = q.reshape(B, K, H // K, d)
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                              scale=self.scale, enable_gqa=q.shape[1] != K)
@@ -344,14 +344,13 @@ class Decoder(nn.Module):
             num_keys, ragged = cache.num_keys(T), cache.ragged
         rope = self.rope(positions)
         # No mask is needed if the one new token sees all keys (T = 1), or if all keys are of this
-        # call (T = S), where the fused kernel's own causal rule is enough.
-        plain = T in (1, num_keys) and not ragged
-        plain = plain and self.config.attn_logit_softcapping is None  # the kernel has no cap
+        # call (T = S), where the fused kernel's own causal rule is enough. It has no capped scores.
+        capped = self.config.attn_logit_softcapping is not None
+        plain = T in (1, num_keys) and not ragged and not capped
         masks = {}
         for window in set(self.config.windows):
             fits = window is None or num_keys <= window
-            mask = None if plain and fits else attention_mask(positions, num_keys, window)
-            masks[window] = mask
+            masks[window] = None if plain and fits else attention_mask(positions, num_keys, window)
         return [(positions, rope, masks[window], cache) for window in self.config.windows]
 
     def rope(self, positions):
