@@ -2,9 +2,10 @@
 
 Each generated token reads every weight that it uses, once. So these bytes, divided by the memory's
 speed, bound the time from below. The memory's speed is measured in the same run. The rows of the
-table take turns, and ratios are taken within a round, so that what else the machine does hits all
+table take turns, and ratios are taken within a round, so that other work of the machine slows all
 rows alike. Without --model the weights are random: their values make no difference to the time.
-The prefill contains the selection, whose time also has a column of its own.
+The column "selection s" is the time of choosing and copying the neurons (`caprese.select`), which
+is a part of the prefill. The time of counting the statistic before that is in the prefill alone.
 
 CATS saves no time here. It selects neurons token by token, and plain PyTorch has no product that
 reads single rows of a matrix and is faster than the full one. So all neurons are computed, and the
@@ -32,57 +33,6 @@ TABLES = {  # title: columns, beside the row's name and its number of generated 
 }
 
 
-# ---- the models
-
-SIZES = ("model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
-         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-# config.json, as far as sizes go, of the paper's models and of a small one.
-SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
-    ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, False),
-    ("r1-distill-qwen-7b", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
-    ("r1-distill-qwen-14b", "qwen2", 152064, 131072, 5120, 13824, 48, 40, 8, False),
-    ("qwen2.5-14b", "qwen2", 152064, 32768, 5120, 13824, 48, 40, 8, False),
-    ("llama-3.2-1b", "llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
-    ("llama-3.2-3b", "llama", 128256, 131072, 3072, 8192, 28, 24, 8, True),
-    ("llama-3.1-8b", "llama", 128256, 131072, 4096, 14336, 32, 32, 8, False),
-    ("gemma-2-2b", "gemma2", 256000, 8192, 2304, 9216, 26, 8, 4, True),
-    ("gemma-2-9b", "gemma2", 256000, 8192, 3584, 14336, 42, 16, 8, True),
-    ("smollm2-135m", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
-)}
-
-
-def make_model(args):
-    """The model of --model, or one with random weights for --shape; with --graphs, its graphs."""
-    if args.model:
-        dtype = sample.choose_dtype(args)
-        model = Transformer.from_pretrained(args.model, args.device, dtype)
-    else:
-        like = argparse.Namespace(model=args.shape, device=args.device, dtype=args.dtype)
-        dtype = sample.choose_dtype(like) or torch.bfloat16  # what a checkpoint would have
-        model = random_model(args.config, args.device, dtype)
-    if args.graphs:
-        from beyond.cuda_graphs import Graphed
-        return Graphed(model)
-    return model
-
-
-def random_model(config, device, dtype):
-    """A Transformer with random weights, made in place on its device.
-
-    config is config.json's dictionary.
-    """
-    with torch.device("meta"):
-        model = Transformer(Config.from_dict(config))
-    model = model.to(dtype).to_empty(device=device)
-    # One block of numbers fills all matrices; its length is prime, so that no two rows are alike.
-    block = torch.randn(1_000_003, device=device).mul_(0.02).to(dtype)
-    for parameter in model.parameters():
-        values = block if parameter.dim() > 1 else torch.ones_like(parameter)
-        for part in parameter.data.view(-1).split(len(values)):
-            part.copy_(values[:len(part)])
-    return model.requires_grad_(False).eval()
-
-
 # ---- what a decode step reads
 
 def active_parameters(model):
@@ -105,55 +55,57 @@ def weights_read(model):
 
 
 def account(model, prompt_length, generated, reselect=None):
-    """What the method that is attached reads for each token, as columns of the tables.
+    """Bytes that a generated token must read, by the method's definition, as columns of the tables.
 
-    The count is of what the method needs, however it is run. A step reads the keys and values that
-    it attends to: on average over the steps, the prompt's and half of the generated ones. Every
-    reselect tokens, a pass that reads the full model takes the place of a step.
+    A step reads the weights that it uses, and the keys and values that it attends to: on average
+    over the steps, the prompt's and half of the generated ones. With reselect, one step in every
+    `reselect` is a pass of the full model.
     """
     config, itemsize = model.config, model.dtype.itemsize
     full, active = weights_read(model)
-    position = 2 * config.num_key_value_heads * config.head_dim * itemsize  # bytes in one layer
-    filled = prompt_length + generated / 2
-    cache_read = sum(position * min(filled, window or filled) for window in config.windows)
+    kv_bytes = 2 * config.num_key_value_heads * config.head_dim * itemsize  # a token in one layer
+    attended = prompt_length + generated / 2
+    cache_read = sum(kv_bytes * min(attended, window or attended) for window in config.windows)
     steps = generated - 1  # the first token comes from the prefill
     passes = steps // reselect if reselect else 0
-    read = (full * passes + active * (steps - passes)) / steps * itemsize + cache_read
+    weights_per_token = (full * passes + active * (steps - passes)) / steps
+    bytes_per_token = weights_per_token * itemsize + cache_read
     weights = sum(p.nbytes for p in model.parameters())
-    cache = position * config.num_hidden_layers * (prompt_length + generated)
-    return {"MB per token": read / 1e6, "ratio bytes allow": read / (full * itemsize + cache_read),
+    cache = kv_bytes * config.num_hidden_layers * (prompt_length + generated)
+    return {"MB per token": bytes_per_token / 1e6,
+            "ratio bytes allow": bytes_per_token / (full * itemsize + cache_read),
             "weights MB": weights / 1e6, "copies MB": copies(model) / 1e6, "cache MB": cache / 1e6}
 
 
 def copies(model):
-    """Bytes that the sparse layers hold beside weights: gathered neurons and their selection."""
+    """Bytes that the sparse layers hold besides the weights: gathered neurons and the selection."""
     layers = caprese.sparse_layers(model).values()
     return sum(b.nbytes for ff in layers for b in ff.buffers(recurse=False))
-
-
-def memory_speed(device, size=1 << 29):
-    """Bytes per second over `size` bytes: of a sum on a CPU, for decoding only reads.
-
-    On a GPU it is that of a copy, read and write together.
-    """
-    block = torch.ones(size // 4, device=device)
-    if device.type == "cuda":
-        return 2 * size / min(seconds(device, block.clone, 7))
-    return size / min(seconds(device, block.sum, 7))
 
 
 # ---- the measurement
 
 def clock(device):
-    """Seconds; on a GPU, once all that was asked of it is done."""
+    """The present time in seconds; a GPU first ends its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return timeit.default_timer()
 
 
 def seconds(device, operation, repeats):
-    """How long operation() takes, each of so many times."""
+    """The seconds that each of `repeats` calls of operation() takes, as a list."""
     return timeit.repeat(operation, timer=partial(clock, device), repeat=repeats, number=1)
+
+
+def memory_speed(device, size=1 << 29):
+    """The memory's speed in bytes per second, by the fastest of 7 runs over `size` bytes.
+
+    On a CPU a run is a sum, as decoding only reads. On a GPU it is a copy: a read and a write.
+    """
+    block = torch.ones(size // 4, device=device)
+    if device.type == "cuda":
+        return 2 * size / min(seconds(device, block.clone, 7))
+    return size / min(seconds(device, block.sum, 7))
 
 
 def time_model(model, prompt, generated, reselect=None):
@@ -167,7 +119,7 @@ def time_model(model, prompt, generated, reselect=None):
 
 
 def set_method(model, settings):
-    """Attach by these arguments of caprese.attach, or nothing if they are None."""
+    """Attach by settings, the arguments of caprese.attach; None is the full model."""
     caprese.detach(model)
     if settings:
         caprese.attach(model, **settings)
@@ -180,21 +132,21 @@ def run_row(model, settings, prompt, generated, reselect):
     # On a GPU the first run records the graphs, so it takes as many tokens.
     time_model(model, prompt, generated if prompt.is_cuda else min(generated, 3), reselect)
     prefill, total = time_model(model, prompt, generated, reselect)
-    read = account(model, prompt.shape[1], generated, reselect)
-    return read | times(model, prefill, total, generated)
+    columns = account(model, prompt.shape[1], generated, reselect)
+    return columns | times(model, prefill, total, generated)
 
 
 def times(model, prefill, total, generated):
-    """The measured seconds as columns of the tables; the selection runs once more, alone."""
+    """The measured seconds as columns of the tables; for one of them, select() runs once more."""
     selection = seconds(model.device, partial(caprese.select, model), 1)[0]
     return {"prefill s": prefill, "selection s": selection, "total s": total,
             "ms per token": 1e3 * (total - prefill) / (generated - 1)}
 
 
 def take_turns(runs, repeats, device):
-    """Call each of runs, {(name, generated): function() -> columns}, once a round.
+    """Call each of runs, {(name, generated): function() -> columns}, once in each round.
 
-    Returns {(name, generated): its columns in each round}.
+    Returns {(name, generated): [its columns in each round]}.
     """
     rounds = {key: [] for key in runs}
     for _ in sample.progress(range(repeats), "rounds", repeats):
@@ -213,7 +165,7 @@ def make_prompt(model, args):
 def measure(model, rows, args):
     """A dictionary of results for each row and each of args.generate numbers of tokens.
 
-    rows is what variants() returns, possibly with more of the kind.
+    rows is {name: settings}, as variants() returns it.
     """
     prompt = make_prompt(model, args)
     runs = {(name, generated): partial(run_row, model, settings, prompt, generated, args.reselect)
@@ -224,7 +176,10 @@ def measure(model, rows, args):
 
 
 def median_ratio(rounds, others):
-    """Of the times per token, within each round: noise that lasts is in both. Or None."""
+    """The median over rounds of the ratio of two rows' times per token; None without the other.
+
+    Both times are of one round, so a machine that is slow for a while slows both.
+    """
     ratios = [one["ms per token"] / other["ms per token"] for one, other in zip(rounds, others)]
     return statistics.median(ratios) if ratios else None
 
@@ -242,6 +197,59 @@ def result(name, generated, rounds):
     uncorrected = name.rpartition(" + ")[0]  # empty if the row has no correction
     row["ratio to uncorrected"] = median_ratio(own, rounds.get((uncorrected, generated), ()))
     return row
+
+
+# ======== The measurement ends here. Below: shapes and flags ========
+
+# ---- the models
+
+SIZES = ("model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
+         "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+# config.json, as far as sizes go, of the paper's models and of a small one.
+SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
+    ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, False),
+    ("r1-distill-qwen-7b", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
+    ("r1-distill-qwen-14b", "qwen2", 152064, 131072, 5120, 13824, 48, 40, 8, False),
+    ("qwen2.5-14b", "qwen2", 152064, 32768, 5120, 13824, 48, 40, 8, False),
+    ("llama-3.2-1b", "llama", 128256, 131072, 2048, 8192, 16, 32, 8, True),
+    ("llama-3.2-3b", "llama", 128256, 131072, 3072, 8192, 28, 24, 8, True),
+    ("llama-3.1-8b", "llama", 128256, 131072, 4096, 14336, 32, 32, 8, False),
+    ("gemma-2-2b", "gemma2", 256000, 8192, 2304, 9216, 26, 8, 4, True),
+    ("gemma-2-9b", "gemma2", 256000, 8192, 3584, 14336, 42, 16, 8, True),
+    ("smollm2-135m", "llama", 49152, 8192, 576, 1536, 30, 9, 3, True),
+)}
+
+
+def make_model(args):
+    """The model of --model, or random weights in the shape of --shape; --graphs: its CUDA graphs."""
+    # Random weights get the dtype that a checkpoint would get.
+    named = argparse.Namespace(**vars(args) | {"model": args.model or args.shape})
+    dtype = sample.choose_dtype(named)
+    if args.model:
+        model = Transformer.from_pretrained(args.model, args.device, dtype)
+    else:
+        model = random_model(args.config, args.device, dtype or torch.bfloat16)
+    if args.graphs:
+        from beyond.cuda_graphs import Graphed
+        return Graphed(model)
+    return model
+
+
+def random_model(config, device, dtype):
+    """A Transformer with random weights, made in place on its device.
+
+    config is config.json's dictionary.
+    """
+    with torch.device("meta"):
+        model = Transformer(Config.from_dict(config))
+    model = model.to(dtype).to_empty(device=device)
+    # One block of numbers fills all matrices; its length is prime, so that no two rows are alike.
+    block = torch.randn(1_000_003, device=device).mul_(0.02).to(dtype)
+    for parameter in model.parameters():
+        values = block if parameter.dim() > 1 else torch.ones_like(parameter)
+        for part in parameter.data.view(-1).split(len(values)):
+            part.copy_(values[:len(part)])
+    return model.requires_grad_(False).eval()
 
 
 # ---- python bench.py
@@ -268,7 +276,7 @@ def variants(args):
         rows[f"{name} + Caprese"] = rows[name] | {"rank": rank}
     unknown = [name for name in args.only or [] if name not in rows]
     if unknown:
-        raise ValueError(f"--only {unknown[0]!r} is no row; the rows are: {', '.join(rows)}")
+        raise ValueError(f"--only {unknown[0]!r} is not a row; the rows are: {', '.join(rows)}")
     with torch.device("meta"):
         without_memory = Transformer(config)
     for settings in rows.values():  # numbers out of range, and blocks that do not work, end here
@@ -278,6 +286,7 @@ def variants(args):
 
 def arguments(argv=None, description=__doc__.splitlines()[0]):
     """The command line, its defaults filled in; ValueError for what cannot be measured."""
+    # "resolve": the second --model replaces the one of common_arguments.
     parser = sample.ArgumentParser(description=description, conflict_handler="resolve")
     add = sample.common_arguments(parser).add_argument
     weights = parser.add_mutually_exclusive_group()
@@ -287,7 +296,7 @@ def arguments(argv=None, description=__doc__.splitlines()[0]):
     sample.method_arguments(parser)
     add("--prompt", type=sample.positive, default=128, help="prompt tokens (default: %(default)s)")
     add("--generate", type=int, nargs="+", default=[32], help="generated tokens (default: 32)")
-    add("--reselect", type=sample.positive, help="rho: reselect every so many tokens")
+    add("--reselect", type=sample.positive, help="rho: reselect after every rho tokens")
     add("--repeats", type=sample.positive, default=5, help="rounds (default: %(default)s)")
     add("--only", nargs="+", metavar="ROW", help="only these rows, by their names in the table")
     add("--density", type=float, default=0.5, help="kept neurons in (0, 1] (default: %(default)s)")

@@ -162,10 +162,10 @@ class Batch:
     lengths: torch.Tensor  # of prompt and response together
 
     def __post_init__(self):
-        """Set the masks `response` and `generated`, bool [B, T].
+        """Set the masks `generated` and `response`, bool [B, T].
 
-        generated is True behind the prompt. It includes the padding, because the other tokens are
-        those that the neurons are selected by.
+        generated is True for all that follows the prompt. It includes the padding: the tokens that
+        are not generated are counted for the selection, and padding must not be counted.
         """
         position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         self.generated = position >= self.prompt_lengths[:, None]
@@ -208,29 +208,23 @@ def pad(sequences, device="cpu"):
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device), lengths
 
 
-def cut(items, size):
-    """A list in parts of `size` items; the last part may be shorter."""
-    return [items[start:start + size] for start in range(0, len(items), size)]
-
-
 def batch_indices(samples, batch_size, seed=None):
     """One epoch of batches: lists of indices, each index once, similar lengths together.
 
-    Without a seed the batches go from short to long. Each seed gives other batches, in any order:
-    two batches that follow each other by length exchange samples.
+    Without a seed the batches go from short to long. With a seed they come in random order, and
+    neighbours by length have exchanged samples. So each seed gives other batches.
     """
-    order = list(range(len(samples)))
     rng = random.Random(seed)
+    order = list(range(len(samples)))
     if seed is not None:
         rng.shuffle(order)  # the sort leaves samples of equal length in this order
     order.sort(key=lambda i: sum(map(len, samples[i])))
-    if seed is None:
-        return cut(order, batch_size)
-    found = []
-    for pair in cut(order, 2 * batch_size):
-        rng.shuffle(pair)
-        found += cut(pair, batch_size)
-    rng.shuffle(found)
+    if seed is not None:  # each sample moves back by less than a batch
+        places = {i: place + batch_size * rng.random() for place, i in enumerate(order)}
+        order.sort(key=places.get)
+    found = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    if seed is not None:
+        rng.shuffle(found)
     return found
 
 
