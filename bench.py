@@ -25,7 +25,7 @@ import caprese
 import sample
 from model import Config, Transformer, read_json, resolve
 
-TABLES = {  # title: columns, beside the row's name and its number of generated tokens
+TABLES = {  # title: columns besides the row's name and its number of generated tokens
     "Time": ("prefill s", "selection s", "total s", "ms per token", "bound ms",
              "bandwidth reached"),
     "Ratios": ("ratio to full", "ratio bytes allow", "saving reached", "ratio to uncorrected"),
@@ -46,7 +46,7 @@ def active_parameters(model):
 def weights_read(model):
     """How many weights a decode step reads: (of the full model, of the sparse one).
 
-    Of an embedding table that is not the head as well, one row is read, which is not counted.
+    Of an embedding table that is not also the head, a step reads one row, which is not counted.
     """
     unread = 0 if model.config.tie_word_embeddings else model.model.embed_tokens.weight.numel()
     full = sum(p.numel() for p in model.parameters())
@@ -129,7 +129,7 @@ def run_row(model, settings, prompt, generated, reselect):
     """One row of one round: attach, warm up, measure."""
     set_method(model, settings)
     reselect = reselect if settings else None
-    # On a GPU the first run records the graphs, so it takes as many tokens.
+    # On a GPU the first run records the graphs, so it must be as long as the measured one.
     time_model(model, prompt, generated if prompt.is_cuda else min(generated, 3), reselect)
     prefill, total = time_model(model, prompt, generated, reselect)
     columns = account(model, prompt.shape[1], generated, reselect)
@@ -205,7 +205,7 @@ def result(name, generated, rounds):
 
 SIZES = ("model_type", "vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size",
          "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
-# config.json, as far as sizes go, of the paper's models and of a small one.
+# The sizes in config.json of the paper's models and of a small one.
 SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
     ("r1-distill-qwen-1.5b", "qwen2", 151936, 131072, 1536, 8960, 28, 12, 2, False),
     ("r1-distill-qwen-7b", "qwen2", 152064, 131072, 3584, 18944, 28, 28, 4, False),
@@ -221,7 +221,7 @@ SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
 
 
 def make_model(args):
-    """The model of --model, or random weights in the shape of --shape; --graphs: its CUDA graphs."""
+    """The model of --model, or random weights for --shape; with --graphs it decodes by graphs."""
     # Random weights get the dtype that a checkpoint would get.
     named = argparse.Namespace(**vars(args) | {"model": args.model or args.shape})
     dtype = sample.choose_dtype(named)
@@ -279,7 +279,7 @@ def variants(args):
         raise ValueError(f"--only {unknown[0]!r} is not a row; the rows are: {', '.join(rows)}")
     with torch.device("meta"):
         without_memory = Transformer(config)
-    for settings in rows.values():  # numbers out of range, and blocks that do not work, end here
+    for settings in rows.values():  # ValueError for bad numbers and broken blocks
         set_method(without_memory, settings)
     return {name: rows[name] for name in args.only or rows}
 

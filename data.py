@@ -38,7 +38,7 @@ class Problem:
 
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
 THINGS = "apples books coins cards shells stamps marbles pencils stickers buttons beads cookies"
-FACTS = {  # what is told of a person: the question that asks for it, and the values
+FACTS = {  # a fact about a person: the question that asks for it, and its values
     "lives in {}": ("Where does {} live?", "Paris London Rome Cairo Oslo Lima Delhi Tokyo"),
     "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
     "works as a {}": ("What does {} work as?", "baker doctor nurse farmer pilot painter tailor"),
@@ -123,7 +123,7 @@ def make_passage(rng, people, facts):
         told[who].append(kind.format(value))
         questions.append((question.format(who), f"{who} {told[who][-1]}. #### {value}", value))
     passage = " ".join(f"{who} {', '.join(told[who])}." for who in names)
-    passage = re.sub(r", ([^,.]*\.)", r" and \1", passage)  # for the last comma of a sentence
+    passage = re.sub(r", ([^,.]*\.)", r" and \1", passage)  # the last comma of a sentence
     return passage, questions
 
 
@@ -248,8 +248,8 @@ def batches(samples, batch_size, device="cpu"):
 class Tokenizer:
     """tokenizer.json, the chat template and the stop ids of a model folder.
 
-    prompt_ids() is what a model expects to see of a user's question. encode() and decode() are for
-    plain text. Raises OSError or ValueError in one line that names the file.
+    prompt_ids() gives a user's question in the form that the model expects. encode() and decode()
+    are for plain text. Raises OSError or ValueError in one line that names the file.
     """
 
     def __init__(self, folder):
@@ -416,7 +416,8 @@ def conclusion(response):
 def final_answer(response):
     r"""What the last `#### N` or \boxed{N} of a response holds, stripped; "" if there is none.
 
-    What is empty or cut off does not count. Several boxes side by side leave it in doubt: "".
+    Marks with nothing behind them do not count, nor boxes that are cut off. Several boxes side by
+    side are no clear answer: "".
     """
     text = conclusion(response)
     for mark in reversed(list(MARK.finditer(text))):

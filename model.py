@@ -92,10 +92,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_frequencies(config):
-    """Rotary frequencies [d/2] in float32: theta^(-2i/d), stretched as Llama 3.1 does where asked.
+    """Rotary frequencies [d/2] in float32: theta^(-2i/d); rope_scaling stretches them.
 
-    They are made on the CPU and in the families' own order of operations, because far into a
-    context the last bit shows.
+    They are made on the CPU, in the order of operations of the families' own code: at distant
+    positions the last bit matters.
     """
     even = torch.arange(0, config.head_dim, 2, device="cpu", dtype=torch.float32)
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
     def embed(self, tokens):
         """The first layer's input: tokens [B, T] int64 -> [B, T, D].
 
-        Raises ValueError on a token id that has no embedding. On CUDA the process stops instead.
+        Raises ValueError on a token id that has no embedding. CUDA reports it later and otherwise.
         """
         try:
             x = self.embed_tokens(tokens)
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
             num_keys, ragged = cache.num_keys(T), cache.ragged
         rope = self.rope(positions)
         # No mask is needed if the one new token sees all keys (T = 1), or if all keys are of this
-        # call (T = S), where the fused kernel's own causal rule is enough. It has no capped scores.
+        # call (T = S), where the fused kernel's own causal rule is enough. It cannot cap scores.
         capped = self.config.attn_logit_softcapping is not None
         plain = T in (1, num_keys) and not ragged and not capped
         masks = {}
@@ -421,7 +421,7 @@ class Transformer(nn.Module):
             weights.setdefault(EMBEDDING, weights[HEAD])  # some converters store the head alone
             if torch.equal(weights[HEAD], weights[EMBEDDING]):
                 del weights[HEAD]
-            else:  # what is stored counts
+            else:  # the stored head counts
                 config = replace(config, tie_word_embeddings=False)
         with torch.device("meta"):
             model = cls(config)
@@ -437,7 +437,7 @@ class Transformer(nn.Module):
 
 # ---- config.json
 
-# What a key means where config.json leaves it out: to every family, and to one.
+# The value of a key that config.json leaves out: for every family, and for one.
 DEFAULTS = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "attention_bias": False,
             "use_sliding_window": False, "max_window_layers": 28, "window_step": 1}
 FAMILY_DEFAULTS = {
@@ -450,7 +450,7 @@ FAMILY_DEFAULTS = {
                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
                "hidden_activation": "gelu_pytorch_tanh"},
 }
-# What a family's own code does, whatever config.json says.
+# What a family's own code does, no matter what config.json says.
 FAMILY_RULES = {
     "llama": {"use_sliding_window": False},
     "mistral": {"use_sliding_window": True, "max_window_layers": 0, "attention_bias": False},
@@ -459,8 +459,8 @@ FAMILY_RULES = {
     "gemma2": {"use_sliding_window": True, "max_window_layers": 0, "window_step": 2,
                "scale_embeddings": True, "norm_plus_one": True, "post_norms": True},
 }
-# For these keys null is a value: no window, no cap, as many as query heads. Elsewhere null means
-# that the key is left out.
+# For these keys null is a value: no window, no cap, as many as query heads. For all others null
+# means that the key is left out.
 NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "num_key_value_heads")
 LLAMA3_RULE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -513,7 +513,7 @@ def one_of(name, value, known):
 
 
 def rope_values(values):
-    """rope_theta and rope_scaling from either style; ValueError on a rope type we do not have."""
+    """rope_theta and rope_scaling from either style; ValueError on a type that is not implemented."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
@@ -589,7 +589,7 @@ def resolve(name):
 
 
 def fetch(repo_id):
-    """The folder of the hub's cache that holds REPO_FILES of a repo; the cache serves offline too.
+    """The folder of the hub's cache that holds REPO_FILES of a repo. Offline, the cache suffices.
 
     Raises OSError in one line that says what to do.
     """
@@ -641,7 +641,7 @@ def open_weights(file):
 def read_weights(folder, device, dtype):
     """{name: tensor} of all weights in a folder; each goes straight to its device and dtype.
 
-    One that is on the CPU and has the dtype stays a private, copy-on-write view of the file.
+    On the CPU, one that has the dtype already stays a private, copy-on-write view of the file.
     Raises ValueError on a tensor that does not hold floats, or that two files hold.
     """
     weights = {}
