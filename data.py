@@ -1,4 +1,4 @@
-"""Problems, tokenizer, grading, samples, batches: text in, token batches out.
+"""From text to batches of tokens: problems, samples, tokenizer, grading, data sets.
 
 A generated problem is held out if a hash of its question says so. Training and evaluation can
 therefore never share one, whatever their seeds are.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-INSTRUCTION = "Please reason step by step."  # section 4: precedes every training question
+INSTRUCTION = "Please reason step by step."  # section 4: precedes maths questions
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -38,7 +38,7 @@ class Problem:
 
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
 THINGS = "apples books coins cards shells stamps marbles pencils stickers buttons beads cookies"
-FACTS = {  # what is told of a person: the question that asks for it, and the values
+FACTS = {  # a fact about a person: the question that asks for it, and its values
     "lives in {}": ("Where does {} live?", "Paris London Rome Cairo Oslo Lima Delhi Tokyo"),
     "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
     "works as a {}": ("What does {} work as?", "baker doctor nurse farmer pilot painter tailor"),
@@ -84,7 +84,7 @@ def make_maths(rng, steps=None):
     who, thing, value = rng.choice(NAMES), rng.choice(THINGS.split()), rng.randint(2, 50)
     story, chain = [f"{who} has {value} {thing}."], []
     for _ in range(steps):
-        op, n = rng.choice(_moves(value, rng))
+        op, n = rng.choice(possible_steps(value, rng))
         result = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
         other = rng.choice([name for name in NAMES if name != who])
         sentence = rng.choice(SENTENCES[op] + SENTENCES.get(f"{op}{n}", []))
@@ -97,19 +97,19 @@ def make_maths(rng, steps=None):
     return Problem(question, " ".join(chain) + f" #### {value}", str(value), level=steps)
 
 
-def _moves(value, rng):
-    """One (op, n) for each operation that keeps the running number a whole one in 1..MAX_VALUE."""
+def possible_steps(value, rng):
+    """[(op, n)], one for each operation that keeps the number whole and in 1..MAX_VALUE."""
     limits = [("+", 1, min(40, MAX_VALUE - value)), ("-", 1, min(40, value - 1)),
               ("*", 2, min(9, MAX_VALUE // value))]
-    moves = [(op, rng.randint(low, high)) for op, low, high in limits if low <= high]
+    steps = [(op, rng.randint(low, high)) for op, low, high in limits if low <= high]
     divisors = [n for n in range(2, 10) if value % n == 0]
     if divisors:
-        moves.append(("/", rng.choice(divisors)))
-    return moves
+        steps.append(("/", rng.choice(divisors)))
+    return steps
 
 
 def make_passage(rng, people, facts):
-    """So many facts about so many people: the text, and [(question, response, answer)] on it.
+    """A text with `facts` facts about `people` people, and [(question, response, answer)] on it.
 
     No two facts are of one kind, so that the kind alone tells which fact a question asks for.
     """
@@ -123,7 +123,7 @@ def make_passage(rng, people, facts):
         told[who].append(kind.format(value))
         questions.append((question.format(who), f"{who} {told[who][-1]}. #### {value}", value))
     passage = " ".join(f"{who} {', '.join(told[who])}." for who in names)
-    passage = re.sub(r", ([^,.]*\.)", r" and \1", passage)  # for the last comma of a sentence
+    passage = re.sub(r", ([^,.]*\.)", r" and \1", passage)  # the last comma of a sentence
     return passage, questions
 
 
@@ -145,13 +145,111 @@ def problems(kind, count, seed, evaluation=False, **kwargs):
     return list(found.values())
 
 
+# ---- Samples and batches
+
+def ask(problem):
+    """The user's turn: the question, in maths and multiple choice after the paper's instruction."""
+    if problem.kind in ("maths", "choice"):
+        return f"{INSTRUCTION} {problem.question}"
+    return problem.question
+
+
+@dataclass
+class Batch:
+    """Samples side by side, padded on the right: tokens [B, T] and both lengths [B], all int64."""
+    tokens: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor  # of prompt and response together
+
+    def __post_init__(self):
+        """Set the masks `generated` and `response`, bool [B, T].
+
+        generated is True for all that follows the prompt. It includes the padding: the tokens that
+        are not generated are counted for the selection, and padding must not be counted.
+        """
+        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        self.generated = position >= self.prompt_lengths[:, None]
+        self.response = self.generated & (position < self.lengths[:, None])
+
+
+def encode_samples(problems, tokenizer, max_tokens=2048):
+    """Problems -> [(prompt_ids, response_ids)]. No stop id is added, as it is never fed back.
+
+    Samples of more than max_tokens tokens are left out; a line on stderr says how many they are.
+    Raises ValueError if none is left.
+    """
+    samples = []
+    for problem in problems:
+        response = without_opening(tokenizer.prompt(ask(problem)), problem.response)
+        samples.append((tokenizer.prompt_ids(ask(problem)), tokenizer.encode(response)))
+    lengths = [len(prompt) + len(response) for prompt, response in samples]
+    short = [sample for sample, length in zip(samples, lengths) if length <= max_tokens]
+    if not short:
+        raise ValueError(f"no sample has at most {max_tokens} tokens, the shortest has "
+                         f"{min(lengths, default=0)}; raise --max-tokens")
+    if len(short) < len(samples):
+        print(f"too long: left out {len(samples) - len(short)} of {len(samples)} samples with over "
+              f"{max_tokens} tokens; the longest has {max(lengths)}", file=sys.stderr)
+    return short
+
+
+def without_opening(prompt, response):
+    """A response without the `<think>` with which the prompt already ends."""
+    opening = re.search(r"<think>\s*$", prompt)
+    if not opening or not response.lstrip().startswith("<think>"):
+        return response
+    return response.lstrip().removeprefix("<think>").removeprefix(opening[0][len("<think>"):])
+
+
+def pad(sequences, device="cpu"):
+    """B lists of ids -> (tokens [B, T] int64, padded by zeros on the right; lengths [B] int64)."""
+    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
+    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device), lengths
+
+
+def batch_indices(samples, batch_size, seed=None):
+    """One epoch of batches: lists of indices, each index once, similar lengths together.
+
+    Without a seed the batches go from short to long. With a seed they come in random order, and
+    neighbours by length have exchanged samples. So each seed gives other batches.
+    """
+    rng = random.Random(seed)
+    order = list(range(len(samples)))
+    if seed is not None:
+        rng.shuffle(order)  # the sort leaves samples of equal length in this order
+    order.sort(key=lambda i: sum(map(len, samples[i])))
+    if seed is not None:  # each sample moves back by less than a batch
+        places = {i: place + batch_size * rng.random() for place, i in enumerate(order)}
+        order.sort(key=places.get)
+    found = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]
+    if seed is not None:
+        rng.shuffle(found)
+    return found
+
+
+def collate(samples, indices, device="cpu", with_response=True):
+    """The samples of these indices as a Batch; with_response=False empties its response mask."""
+    tokens, lengths = pad([samples[i][0] + samples[i][1] for i in indices], device)
+    prompt_lengths = torch.tensor([len(samples[i][0]) for i in indices], device=device)
+    return Batch(tokens, prompt_lengths, lengths if with_response else prompt_lengths)
+
+
+def batches(samples, batch_size, device="cpu"):
+    """All encoded samples once, as Batches of at most batch_size."""
+    for indices in batch_indices(samples, batch_size):
+        yield collate(samples, indices, device)
+
+
+# ======== What the paper's reader needs ends here. Below: tokenizer, grading, data sets ========
+
 # ---- Tokenizer and chat template
 
 class Tokenizer:
     """tokenizer.json, the chat template and the stop ids of a model folder.
 
-    prompt_ids() is what a model expects to see of a user's question. encode() and decode() are for
-    plain text. Raises OSError or ValueError in one line that names the file.
+    prompt_ids() gives a user's question in the form that the model expects. encode() and decode()
+    are for plain text. Raises OSError or ValueError in one line that names the file.
     """
 
     def __init__(self, folder):
@@ -192,14 +290,14 @@ class Tokenizer:
         return self.encode(self.prompt(question), add_special_tokens=not self.template)
 
     def encode(self, text, add_special_tokens=False):
-        """The ids of a text. ValueError if it holds what is no character."""
+        """The ids of a text. Raises ValueError if the text holds half of a character."""
         check_characters(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
         """The text of ids without special tokens.
 
-        U+FFFD stands for bytes that are no UTF-8, and for ids that the tokenizer does not have:
+        U+FFFD stands for bytes that are not UTF-8, and for ids that the tokenizer does not have:
         many embeddings have more rows than their tokenizer has tokens.
         """
         text = ""
@@ -207,6 +305,14 @@ class Tokenizer:
             run = list(run)
             text += self.tokenizer.decode(run) if known else REPLACED * len(run)
         return text
+
+
+def until_stop(ids, stop_ids):
+    """The ids up to and including the first stop id."""
+    for i, token in enumerate(ids):
+        if token in stop_ids:
+            return ids[:i + 1]
+    return ids
 
 
 def check_characters(text):
@@ -219,7 +325,7 @@ def check_characters(text):
 
 
 def advice(file, otherwise):
-    """What to do about a file that cannot be read, by beyond/foreign_files.py if that is there."""
+    """What to do about a file that cannot be read: what beyond/foreign_files.py says, if it can."""
     try:
         from beyond.foreign_files import explain
     except ImportError:
@@ -232,12 +338,12 @@ def read_text(file):
     try:
         return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{file} is no text in UTF-8, see its byte {e.start + 1}; "
-                         f"{advice(file, 'save it so')}") from None
+        raise ValueError(f"{file} is no text in UTF-8 (byte {e.start + 1}); "
+                         f"{advice(file, 'save it as UTF-8')}") from None
 
 
 def parse_json(text, file, place=""):
-    """The value of a JSON text; ValueError names its file and its place there."""
+    """The value of a JSON text; ValueError names its file and its place in the file."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
@@ -246,7 +352,7 @@ def parse_json(text, file, place=""):
 
 
 def read_objects(folder, *names):
-    """The entries that are not null of those JSON files that exist; a later file's replace."""
+    """The entries, without nulls, of those JSON files that exist. A later file's entries win."""
     found = {}
     for file in [folder / name for name in names if (folder / name).exists()]:
         entries = parse_json(read_text(file), file)
@@ -287,13 +393,6 @@ def compile_template(template):
     return env.from_string(re.sub(r"({%[-+]?\s*(?:end)?)generation\b", r"\1with", template))
 
 
-def ask(problem):
-    """The user's turn: the paper's instruction precedes maths and multiple choice, no other."""
-    if problem.kind in ("maths", "choice"):
-        return f"{INSTRUCTION} {problem.question}"
-    return problem.question
-
-
 # ---- Grading. LaTeX, units, letters and "the answer is" are paper/grading.py
 
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
@@ -317,7 +416,8 @@ def conclusion(response):
 def final_answer(response):
     r"""What the last `#### N` or \boxed{N} of a response holds, stripped; "" if there is none.
 
-    What is empty or cut off does not count. Several boxes side by side leave it in doubt: "".
+    Marks with nothing behind them do not count, nor boxes that are cut off. Several boxes side by
+    side are no clear answer: "".
     """
     text = conclusion(response)
     for mark in reversed(list(MARK.finditer(text))):
@@ -342,14 +442,14 @@ def argument(text):
 
 
 def number(text):
-    """The exact value of 1,000 or 2.5 or 1/3; None if a text is no such number."""
+    """The exact value of a text such as 1,000 or 2.5 or 1/3; None if it is not a number."""
     if len(text) > 1000 or not NUMBER.fullmatch(text):
         return None
     return Fraction(text.replace(",", ""))
 
 
 def correct(response, answer):
-    """Is the final answer of a response this one, as text or as a number? In doubt it is not."""
+    """Is the response's final answer equal to this one, as text or as a number? In doubt, no."""
     found, answer = final_answer(response), answer.strip()
     if number(found) is None or number(answer) is None:
         return found != "" and found == answer
@@ -361,14 +461,14 @@ def correct(response, answer):
 COLUMNS = set("question prompt messages response answer kind level id block right".split())
 NEEDED = "a row needs question and answer, prompt and response, or messages"
 KINDS = ("maths", "reading", "choice", "passage", "summary", "text")
-BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an evaluation asks for besides
+BOXED = {"maths": r"Put your final answer within \boxed{}.",  # what an official model is told
          "choice": r"Put the letter of your answer within \boxed{}."}
 
 
 def public_datasets(what):
-    """paper/datasets.py, which knows the hub and other columns.
+    """The module paper/datasets.py, which knows the hub and other columns.
 
-    ValueError says what could do with it, if it is not there.
+    `what` is the reason to need it. Without the module this reason becomes a ValueError.
     """
     try:
         from paper import datasets
@@ -424,15 +524,15 @@ def first_exchange(messages):
 
 
 def problem_from_row(row):
-    r"""What a row of a data set is, as a Problem. ValueError says why it is none.
+    r"""A row of a data set as a Problem. Raises ValueError that says why it cannot be one.
 
     columns                  | what it is
     question, answer         | GSM8K: the answer is a worked solution, which ends in `#### N`
     question, response       | what beyond/own_answers.py writes
     prompt, response         | maths if the response marks its final answer, else text
     messages                 | the same; later exchanges are left out
-    Each may have answer, kind and level besides. An answer of its own counts before that of the
-    response. Columns that are null or empty are absent. paper/datasets.py knows other columns.
+    Each may also have answer, kind and level. The column answer counts more than the answer that
+    the response marks. Null or empty columns are absent. paper/datasets.py knows other columns.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object, not {row!r:.40}; {NEEDED}")
@@ -473,100 +573,10 @@ def read_problems(file, count=None, evaluation=False, boxed=False):
                     raise ValueError(f"no {field} in the columns {', '.join(row)}; {NEEDED}")
         except ValueError as e:
             raise ValueError(f"{file}, {place}: {e}") from None
-        asks = BOXED.get(problem.kind, "") if boxed else ""
-        if asks not in problem.question:
-            problem.question += "\n" + asks
+        request = BOXED.get(problem.kind) if boxed else None
+        if request and request not in problem.question:
+            problem.question += "\n" + request
         found.append(problem)
     if not found:
         raise ValueError(f"{file} holds no problems")
     return found
-
-
-# ---- Samples and batches
-
-@dataclass
-class Batch:
-    """Samples side by side, padded on the right, all int64: tokens [B, T], the lengths [B]."""
-    tokens: torch.Tensor
-    prompt_lengths: torch.Tensor
-    lengths: torch.Tensor  # of prompt and response together
-
-    def __post_init__(self):
-        """The masks, bool [B, T]: generated is whatever follows the prompt, padding included."""
-        position = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        self.generated = position >= self.prompt_lengths[:, None]
-        self.response = self.generated & (position < self.lengths[:, None])
-
-
-def encode_samples(problems, tokenizer, max_tokens=2048):
-    """Problems -> [(prompt_ids, response_ids)]. No stop id is added, as it is never fed back.
-
-    Longer samples than max_tokens are left out, and their number is said on stderr. ValueError if
-    none is left.
-    """
-    samples = []
-    for problem in problems:
-        response = without_opening(tokenizer.prompt(ask(problem)), problem.response)
-        samples.append((tokenizer.prompt_ids(ask(problem)), tokenizer.encode(response)))
-    lengths = [len(prompt) + len(response) for prompt, response in samples]
-    short = [sample for sample, length in zip(samples, lengths) if length <= max_tokens]
-    if not short:
-        raise ValueError(f"no sample has at most {max_tokens} tokens, the shortest has "
-                         f"{min(lengths, default=0)}; raise --max-tokens")
-    if len(short) < len(samples):
-        print(f"too long: left out {len(samples) - len(short)} of {len(samples)} samples with over "
-              f"{max_tokens} tokens; the longest has {max(lengths)}", file=sys.stderr)
-    return short
-
-
-def without_opening(prompt, response):
-    """A response without the `<think>` with which the prompt already ends."""
-    opening = re.search(r"<think>\s*$", prompt)
-    if not opening or not response.lstrip().startswith("<think>"):
-        return response
-    return response.lstrip().removeprefix("<think>").removeprefix(opening[0][len("<think>"):])
-
-
-def pad(sequences, device="cpu"):
-    """Lists of ids -> (tokens [B, T] int64, zeros on the right, and lengths [B] int64)."""
-    lengths = torch.tensor([len(ids) for ids in sequences], device=device)
-    tensors = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(device), lengths
-
-
-def until_stop(ids, stop_ids):
-    """The ids up to and including the first stop id."""
-    for i, token in enumerate(ids):
-        if token in stop_ids:
-            return ids[:i + 1]
-    return ids
-
-
-def batch_indices(samples, batch_size, seed=None):
-    """One epoch of batches: lists of indices, each index once, similar lengths together.
-
-    Without a seed the batches go from short to long. Each seed gives other batches, in any order:
-    before the order by length is cut, each sample moves by up to a batch.
-    """
-    rng = random.Random(seed)
-    moves = [rng.random() if seed is not None else 0 for _ in samples]
-    order = sorted(range(len(samples)), key=lambda i: (sum(map(len, samples[i])), moves[i]))
-    places = {i: place + batch_size * moves[i] for place, i in enumerate(order)}
-    order.sort(key=places.get)
-    found = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    if seed is not None:
-        rng.shuffle(found)
-    return found
-
-
-def collate(samples, indices, device="cpu", counted=True):
-    """The samples of these indices as a Batch; counted=False leaves its response mask empty."""
-    tokens, lengths = pad([samples[i][0] + samples[i][1] for i in indices], device)
-    prompt_lengths = torch.tensor([len(samples[i][0]) for i in indices], device=device)
-    return Batch(tokens, prompt_lengths, lengths if counted else prompt_lengths)
-
-
-def batches(samples, batch_size, device="cpu"):
-    """All encoded samples once, as Batches of at most batch_size."""
-    for indices in batch_indices(samples, batch_size):
-        yield collate(samples, indices, device)

@@ -1,6 +1,7 @@
-"""What a file or a folder is that the core cannot read, and what to do about it.
+"""Says of a file or a folder that the core cannot read what it is, and what to do about it.
 
-model.py and data.py ask explain() when they refuse one. Without this file they say less.
+model.py and data.py call explain() when they refuse one. Without this file their messages are
+shorter.
 """
 
 import re
@@ -41,9 +42,9 @@ TEXTS = {
 
 
 def explain(path):
-    """What stands at a path that cannot be read, and what to do, in one line.
+    """One line on what is at a path that cannot be read, and what to do.
 
-    It is "" if nothing is known of it: a file in the right format that is damaged, or no file.
+    It is "" if nothing is known: for a damaged file in the right format, or if there is no file.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -67,7 +68,7 @@ def read_start(file):
 
 
 def explain_folder(folder):
-    """What a folder holds that is no model in the official layout."""
+    """One line on a folder that is not a model in the official layout."""
     has_weights = bool([*folder.glob("model*.safetensors"),
                         *folder.glob("model.safetensors.index.json")])
     for pattern, words in LAYOUTS.items():
@@ -78,7 +79,7 @@ def explain_folder(folder):
 
 
 def explain_text(content):
-    """What the bytes of a file are that is no JSON in UTF-8."""
+    """One line on the bytes of a file that is not JSON in UTF-8; "" if nothing is known."""
     if b"\0" in content[:1000]:
         return f"it is binary and begins with {content[:20]!r}, or it is UTF-16 or UTF-32"
     try:

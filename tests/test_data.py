@@ -208,7 +208,7 @@ def test_batches_hold_every_sample_once_with_its_prompt_length():
                 assert torch.equal(b.generated[i], tokens != 1)
                 seen.append((int(prompt), int(n - prompt)))
         assert sorted(seen) == sorted((len(p), len(r)) for p, r in samples)
-    assert not data.collate(samples, [0, 3], counted=False).response.any()
+    assert not data.collate(samples, [0, 3], with_response=False).response.any()
     orders = [data.batch_indices(samples, 4, seed) for seed in (None, 3, 3, 4)]
     assert orders[1] == orders[2] and orders[0] != orders[1] != orders[3]
 

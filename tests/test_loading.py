@@ -266,7 +266,7 @@ def test_a_folder_of_another_kind_is_refused(monkeypatch, tmp_path, files, load,
     for name in files:
         (tmp_path / name).write_text("{}")
     line = failure(tmp_path, OSError, load)
-    assert line.startswith(f"{tmp_path} holds no model that is read: ")
+    assert line.startswith(f"{tmp_path} holds no readable model: ")
     if alone:
         assert "must hold config.json and model*.safetensors, and no adapter_config.json" in line
 
@@ -546,7 +546,7 @@ def test_a_path_is_not_looked_up_on_the_hub(monkeypatch, tmp_path, path):
     monkeypatch.chdir(tmp_path)
     calls = hub(monkeypatch, str(tmp_path))
     if path == "":  # the current folder, which holds no model
-        assert failure(path, FileNotFoundError).startswith(". holds no model that is read")
+        assert failure(path, FileNotFoundError).startswith(". holds no readable model")
     else:
         assert "is not a folder" in failure(path, FileNotFoundError, resolve)
     assert not calls

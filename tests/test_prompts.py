@@ -211,7 +211,7 @@ def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
 def test_a_file_that_is_no_utf_8_is_named(tmp_path, name):
     make(tmp_path)
     (tmp_path / name).write_bytes('{"a": "caf\xe9"}'.encode("latin-1"))
-    refused = f"^[^\n]*{name} is no text in UTF-8, see its byte 11; [^\n]*$"
+    refused = f"^[^\n]*{name} is no text in UTF-8 \\(byte 11\\); [^\n]*$"
     with pytest.raises(ValueError, match=refused):
         Tokenizer(tmp_path)
 
