@@ -353,7 +353,7 @@ def micro_batches(samples, indices, micro_batch, device):
     size = micro_batch * num_processes
     for start in range(0, len(indices), size):
         own = indices[start:start + size][process::num_processes]
-        yield data.collate(samples, own or indices[:1], device, counted=bool(own))
+        yield data.collate(samples, own or indices[:1], device, with_response=bool(own))
 
 
 # ---- interruption
