@@ -513,7 +513,7 @@ def one_of(name, value, known):
 
 
 def rope_values(values):
-    """rope_theta and rope_scaling from either style; ValueError on a type that is not implemented."""
+    """rope_theta and rope_scaling from either style; ValueError on a type not implemented."""
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"rope_scaling is {rope!r}, but must be one object, none per layer type")
