@@ -403,7 +403,8 @@ def test_attach_chooses_the_papers_layers_and_is_idempotent(device):
     ({"density": 1.5}, "density is 1.5"), ({"density": "half"}, "density is 'half'"),
     ({"layers": [4]}, r"layers are \[4\]"), ({"layers": []}, "layers are"),
     ({"layers": [0, 0]}, "different numbers"),
-    ({"layers": "some"}, "layers are some"), ({"method": int}, "unknown method"), ({"rank": -1}, "rank is -1"),
+    ({"layers": "some"}, "layers are some"), ({"method": int}, "unknown method"),
+    ({"rank": -1}, "rank is -1"),
     ({"rank": 33}, "rank is 33")])
 def test_attach_refuses(bad, says):
     model = tiny.model()

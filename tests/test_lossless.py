@@ -1,4 +1,4 @@
-"""Lossless decoding: the output is the full model's. Run: python -m pytest tests/test_lossless.py"""
+"""The output is the full model's. Run: python -m pytest tests/test_lossless.py"""
 
 import json
 import sys

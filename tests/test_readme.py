@@ -150,7 +150,8 @@ def test_every_flag_of_a_command_exists(words, flags_of):
     if flags and script != "beyond.several_devices":  # which takes distill.py's, under torchrun
         assert set(flags) <= flags_of(script)
     first = [word for word in words[1:] if word not in ("-m", script, f"{script}.py")][:1]
-    if not script.startswith(("sample", "beyond")) and first and words[0] != "torchrun":  # only sample.py takes a prompt
+    takes_a_prompt = script.startswith(("sample", "beyond"))
+    if not takes_a_prompt and first and words[0] != "torchrun":
         assert first[0].startswith("--")
 
 
