@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -247,6 +247,8 @@ class GRIFFIN(SparseFF):
     def select(self):
         if self.s is None:
             raise ValueError(NOTHING_COUNTED)
+        if not self.s.isfinite().all():
+            raise ValueError("the statistic of the neurons is inf or NaN; does the dtype overflow?")
         neurons = self.top_neurons(self.s)  # [B, k]
         rows_agree = torch.equal(neurons, neurons[:1].expand_as(neurons))
         self.compact = self.gathers and rows_agree
@@ -539,8 +541,15 @@ def fingerprint(model):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
     shape = " ".join(str(getattr(config, name)) for name in names)
     ends = [base.norm.weight, base.embed_tokens.weight[:8]]
-    inside = [parameter.flatten()[:64] for layer in base.layers
-              for name, parameter in layer.named_parameters() if name.endswith("proj.weight")]
+    learned = {id(parameter) for parameter in adapter_parameters(model).values()}
+    inside = []
+    for layer in base.layers:
+        for _, parameter in sorted(layer.named_parameters()):
+            if id(parameter) not in learned:
+                inside.append(parameter.flatten()[::max(1, parameter.numel() // 64)])
+    head = getattr(model, "lm_head", None)
+    if head is not None and head.weight is not base.embed_tokens.weight:
+        inside.append(head.weight[:8])
     return f"{weights_hash(ends, shape)}-{weights_hash(inside, '')}"
 
 
@@ -614,7 +623,7 @@ def save_tensors(tensors, file, about):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = Path(f"{file}.tmp")
     try:  # one key, for the order of several varies
-        save_file(tensors, temporary, metadata={"caprese": json.dumps(about)})
+        temporary.write_bytes(save(tensors, metadata={"caprese": json.dumps(about)}))
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -654,6 +663,9 @@ def try_block(block, act_fn):
     forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
     ff.count(x, *ff.neurons(x), None)  # as a reselection does: merge must work
     ff.select()
+    if getattr(block, "merge", None) is GRIFFIN.merge and not merges(ff, x):
+        raise ValueError(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
+                         "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
     if not torch.allclose(forced, masked):
         raise ValueError(f"{name} would learn another function than it decodes by: its "
                          "teacher_forced does not compute what its count, select and decode do")
@@ -670,6 +682,12 @@ def try_block(block, act_fn):
         print(f"note: gather and fused do not compute what sparsify and correction of {name} do; "
               "decoding takes the masked path, which saves no time", file=sys.stderr)
     return same
+
+
+def merges(ff, x):
+    """Is the statistic of the tokens x [B, T, D] the merged one of two parts of them?"""
+    whole, first, rest = (ff.statistic(part, *ff.neurons(part)) for part in (x, x[:, :4], x[:, 4:]))
+    return torch.allclose(ff.merge(first, rest), whole)
 
 
 def decode_last(ff, x, gathers):
@@ -697,7 +715,7 @@ def tiny_block(block, act_fn):
         mlp = nn.Module()
         mlp.gate_proj, mlp.up_proj = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
         mlp.down_proj, mlp.act_fn = nn.Linear(64, 32, bias=False), act_fn
-        ff = block(mlp, density=0.5, rank=4, call=Call())
+        ff = block(mlp, 0.5, 4, Call())
         for parameter in ff.adapter_parameters().values():
             nn.init.normal_(parameter)
     return ff.double()

@@ -7,6 +7,7 @@ the paper has not, is asked for by name: --layerwise sequential, --loss kl.
 """
 
 import hashlib
+import inspect
 import json
 import math
 import shlex
@@ -370,7 +371,10 @@ class Checkpoint:
         self.about = {"settings": settings, "stage": None, "step": 0, "seconds": 0.0, "rows": []}
         self.start = time.perf_counter()
         if self.file.exists():
-            self.tensors, self.about = caprese.load_tensors(self.file)
+            self.tensors, about = caprese.load_tensors(self.file)
+            if not isinstance(about, dict) or "settings" not in about:
+                raise ValueError(f"{file} is not what an interrupted run leaves; move it away")
+            self.about = about
             saved = self.about["settings"]
             differ = [key for key in settings if saved.get(key) != settings[key]]
             if differ:
@@ -529,10 +533,23 @@ def arguments(argv=None, parents=()):
         raise ValueError("--model and --data go together: a model and the samples that teach it")
     if args.layerwise == "none" and args.e2e_epochs <= 0:
         raise ValueError("nothing is learned: give --layerwise or --e2e-epochs above 0")
+    if args.e2e_epochs > 0 and not 0 < args.e2e_lr < math.inf:
+        raise ValueError(f"--e2e-lr is {args.e2e_lr}, but it must be a number above 0")
     if len({Path(file).stem for file in args.eval_data}) < len(args.eval_data):
         raise ValueError("two --eval-data files have one name, as columns; rename one")
     sample.check_output(args.out, args.data + args.eval_data)
+    if Path(args.out).exists() and not is_adapter(args.out):
+        raise ValueError(f"--out {args.out} exists and is not an adapter; give another name")
     return args
+
+
+def is_adapter(file):
+    """Is this a file that may be replaced by a new adapter?"""
+    try:
+        caprese.read_adapter(file)
+    except ValueError:
+        return False
+    return True
 
 
 def describe(args):
@@ -554,18 +571,28 @@ def settings_of(args, model, samples, unseen):
     changes_nothing = ("device", "json", "resume", "fresh", "save_every", "gradient_checkpointing",
                        "out", "model", "data", "eval_data")
     settings = {key: value for key, value in vars(args).items() if key not in changes_nothing}
-    settings["method"] = caprese.method_name(caprese.METHODS.get(args.method, args.method))
+    block = caprese.METHODS.get(args.method, args.method)
+    settings |= {"method": caprese.method_name(block), "source of the method": source_digest(block)}
     contents = {"training samples": samples, "evaluation samples": unseen}
     settings |= {name: hashlib.sha256(repr(content).encode()).hexdigest()[:16]
                  for name, content in contents.items()}
     return settings | {"model": caprese.fingerprint(model)}
 
 
+def source_digest(block):
+    """A short hash of the files that a method's class and its bases stand in."""
+    files = {inspect.getsourcefile(base) for base in block.__mro__
+             if issubclass(base, caprese.SparseFF)}
+    content = b"".join(Path(file).read_bytes() for file in sorted(files))
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def open_checkpoint(args, settings, out):
     """The Checkpoint beside --out; says so if it goes on from an interrupted run."""
     file = Path(f"{args.out}.state")
-    if args.fresh:
-        file.unlink(missing_ok=True)
+    if args.fresh and file.exists():
+        caprese.load_tensors(file)  # ValueError if it is something else
+        file.unlink()
     if args.resume and not file.exists():
         raise ValueError(f"there is nothing to resume: no interrupted run has left {file}, and a "
                          f"finished one has written {args.out}")

@@ -7,6 +7,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -64,8 +65,8 @@ def choose(logits, temperature=0.0, top_p=1.0, generator=None):
 def check_finite(logits):
     """ValueError if the best of a row of logits [B, V] is infinite or no number."""
     if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError(f"the logits are not finite in {logits.dtype}: the weights are damaged, "
-                         "or the dtype overflows; try --dtype bfloat16 or float32")
+        raise ValueError(f"the logits are not finite in {logits.dtype}: the dtype overflows (try "
+                         "--dtype bfloat16 or float32), or weights or L and R are damaged")
 
 
 # ---- prefill, select, decode, reselect
@@ -86,6 +87,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     lengths = check_context(model, tokens, prompt_lengths)
     context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context - int(lengths.min()))
     cache, logits = prefill(model, tokens, max_new_tokens, lengths, samples)
     lengths = lengths.repeat_interleave(samples)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=tokens.device)
@@ -301,11 +303,21 @@ def import_block(text):
 
 
 def check_output(file, inputs):
-    """ValueError if a file cannot be written where it is to be, or if it is one of the inputs."""
-    if not Path(file).absolute().parent.is_dir():
-        raise ValueError(f"the folder of --out {file} does not exist")
-    if Path(file).resolve() in [Path(name).resolve() for name in inputs]:
-        raise ValueError(f"--out {file} is also an input, which it would overwrite")
+    """ValueError if a file cannot be written where it is to be, or if it would overwrite an input."""
+    path = Path(file)
+    check_overwriting(file, inputs)
+    if not file or path.exists() and not path.is_file():
+        raise ValueError(f"--out {str(file)!r} must be the name of an ordinary file")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"the folder of --out {file} does not exist or cannot be written to")
+
+
+def check_overwriting(file, inputs):
+    """ValueError if an output, or what is written beside it for a while, is one of the inputs."""
+    written = [Path(f"{file}{ending}").resolve() for ending in ("", ".state", ".tmp")]
+    for name in inputs:
+        if Path(name).resolve() in written:
+            raise ValueError(f"--out {file} would overwrite the input {name}")
 
 
 def choose_dtype(args):
@@ -388,9 +400,15 @@ def format_table(rows):
 def run_command(main):
     """Call main(). Bad input ends in one line on stderr and exit code 2, an interrupt in 130."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # of characters that the terminal cannot show
+        if stream:  # None where it is closed
+            stream.reconfigure(errors="replace")  # of characters that the terminal cannot show
     try:
         main()
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -139,7 +139,7 @@ def main():
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     source = resolve(args.model or sample.BUNDLED)
-    sample.check_output(args.out, [source, *args.data, *args.exclude])
+    sample.check_overwriting(args.out, [source, *args.data, *args.exclude])
     model, tokenizer = sample.load(args)
     samples = read_samples(args, tokenizer)
     checkpoint = distill.open_checkpoint(args, settings_of(args, model, samples), sys.stdout)

@@ -461,11 +461,16 @@ def test_the_fingerprint_covers_every_layer():
     model = tiny.model()
     before = caprese.fingerprint(model)
     assert caprese.fingerprint(tiny.model().bfloat16()) == before
-    for name in ("layers.3.mlp.down_proj", "layers.0.self_attn.q_proj", "layers.2.mlp.gate_proj"):
+    for name in ("layers.3.mlp.down_proj", "layers.0.self_attn.q_proj", "layers.2.mlp.gate_proj",
+                 "layers.1.input_layernorm"):
         weight = model.model.get_submodule(name).weight
-        weight[0, 0] += 1
+        kept = weight.clone()
+        weight.view(-1)[len(weight.view(-1)) // 2:] *= 1.3  # also far behind the first of them
         assert caprese.fingerprint(model) != before
-        weight[0, 0] -= 1
+        weight.copy_(kept)
+    model.lm_head.weight[0, 0] += 1
+    assert caprese.fingerprint(model) != before
+    model.lm_head.weight[0, 0] -= 1
     assert caprese.fingerprint(caprese.attach(model, "cats", rank=3)) == before
 
 
@@ -639,6 +644,12 @@ class OneRow(caprese.GRIFFIN):
         return super().selection(x, gate, z, counted).flip(0)
 
 
+class NoMerge(caprese.GRIFFIN):
+    """Its statistic is a sum, and it inherits GRIFFIN's merge."""
+    def statistic(self, x, gate, z, counted=None):
+        return (z.abs() if counted is None else z.abs() * counted[..., None]).sum(1)
+
+
 class BadMerge(caprese.GRIFFIN):
     def merge(self, s, s_G):
         return s.no_such_thing
@@ -652,6 +663,7 @@ class Unfinished(caprese.SparseFF):
     (OtherTraining, "would learn another function than it decodes by"),
     (OnlyFused, "brings a gather or a fused that does not compute"),
     (OneRow, "would learn another function than it decodes by"),
+    (NoMerge, "does not merge as GRIFFIN's does"),
     (BadMerge, "no attribute 'no_such_thing'"),
     (Unfinished, "lacks reset, count, select, decode, selection, sparsify"),
     (caprese.SparseFF, "lacks reset")])
@@ -661,6 +673,15 @@ def test_a_class_that_cannot_work_is_refused(block, says, device):
     with pytest.raises((ValueError, AttributeError), match=says):
         caprese.attach(model, block)
     assert {type(ff) for ff in caprese.sparse_layers(model).values()} == {caprese.CATS}
+
+
+def test_a_statistic_that_is_no_number_is_refused(device):
+    model, tokens = attached(device, "griffin"), tiny.tokens(1, 5, device=device)
+    with caprese.phase(model, "count"):
+        model(tokens)
+    first_layer(model).s[0, 3] = torch.nan
+    with pytest.raises(ValueError, match="inf or NaN"):
+        caprese.select(model)
 
 
 @pytest.mark.parametrize("method", METHODS)

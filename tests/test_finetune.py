@@ -161,7 +161,7 @@ def test_an_output_that_is_an_input_is_refused_at_the_start(finetune, samples, t
     monkeypatch.chdir(tmp_path)
     out = {"plain": folder, "relative": "./model/../model", "link": "link", "data": samples}
     words = [*flags(samples, out[spelling]), "--model", folder]
-    with pytest.raises(ValueError, match="also an input"):
+    with pytest.raises(ValueError, match="would overwrite the input"):
         run(finetune, monkeypatch, *words)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(tmp_path.glob("*.state"))

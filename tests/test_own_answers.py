@@ -338,11 +338,11 @@ def test_a_file_that_was_deleted_is_begun_anew(run, begun):
 def test_an_output_that_is_an_input_is_refused(run, questions):
     before = questions.read_bytes()
     code, _, err = run("--out", questions)
-    assert code == 2 and "also an input" in err and questions.read_bytes() == before
+    assert code == 2 and "would overwrite the input" in err and questions.read_bytes() == before
     named = about(questions.with_name("x.jsonl"))
     named.write_bytes(before)
     code, _, err = run("--questions", named, "--out", questions.with_name("x.jsonl"))
-    assert code == 2 and "also an input" in err and named.read_bytes() == before
+    assert code == 2 and "would overwrite the input" in err and named.read_bytes() == before
 
 
 # ---- the command line

@@ -40,6 +40,16 @@ def test_a_row_repeats_its_stop_until_the_last_is_done(device):
     assert alone.shape[1] == free[0].tolist().index(stop) + 1
 
 
+def test_the_cache_is_not_larger_than_the_context(device, monkeypatch):
+    model, capacities = tiny.model(device=device), []
+    new_cache = model.new_cache
+    monkeypatch.setattr(model, "new_cache", lambda rows, capacity: (
+        capacities.append(capacity), new_cache(rows, capacity))[1])
+    tokens, lengths = tiny.tokens(2, 9, device=device), [9, 5]
+    assert sample.generate(model, tokens, 10 ** 20, prompt_lengths=lengths).shape == (2, 123)
+    assert capacities == [9 + 123]  # the context of 128, and what the longer row is fed in vain
+
+
 def test_generation_ends_at_the_context(device):
     model = tiny.model(device=device)  # context 128
     assert sample.generate(model, tiny.tokens(1, 120, device=device), 50).shape == (1, 8)
@@ -238,6 +248,9 @@ class Fork(caprese.GRIFFIN):
     def statistic(self, x, gate, z, counted=None):
         return -super().statistic(x, gate, z, counted)
 
+    def merge(self, s, s_G):
+        return -torch.hypot(s, s_G)
+
 
 def test_a_block_of_ones_own_answers(run, tmp_path):
     code, out, err = run(PROBLEM, "--json", "--block", "test_sample:Fork", "--max-new-tokens", 9)
@@ -367,6 +380,14 @@ def test_an_equal_answer_has_no_mark(compare):
 def test_several_samples_have_no_mark(run):
     code, out, err = run("--json", "-n", "2", "--max-new-tokens", "4")
     assert code == 0 and "^" not in err and len(json.loads(out)["rows"]) == 3
+
+
+@pytest.mark.parametrize("redirect, code", [(">&-", 0), ("2>&-", 0), ("| head -c 1", 0)])
+def test_a_closed_output_is_no_crash(redirect, code):
+    command = f"{sys.executable} sample.py hi --max-new-tokens 4 --device cpu {redirect}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
 
 
 @pytest.mark.parametrize("text", ["a\u20ac b", "\U0001f600!", "x\ufffdy"])
