@@ -256,6 +256,8 @@ class Tokenizer:
         import tokenizers
         folder = Path(folder)
         file = folder / "tokenizer.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is not there; {advice(file, 'fetch it')}")
         content = file.read_bytes()
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -269,10 +271,17 @@ class Tokenizer:
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = entries.get(name, "")
-            self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+            text = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(text, str):
+                raise ValueError(f"{folder}: {name} of tokenizer_config.json or "
+                                 f"special_tokens_map.json is {token!r:.60}, not text")
+            self.special_tokens[name] = text
         self.template = read_template(folder, entries.get("chat_template"))
         stop = read_objects(folder, "config.json", "generation_config.json").get("eos_token_id", [])
         self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        if not all(type(i) is int for i in self.stop_ids):
+            raise ValueError(f"{folder}: eos_token_id of generation_config.json or config.json is "
+                             f"{stop!r:.60}, not the id of a token nor a list of ids")
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
@@ -290,7 +299,7 @@ class Tokenizer:
         return self.encode(self.prompt(question), add_special_tokens=not self.template)
 
     def encode(self, text, add_special_tokens=False):
-        """The ids of a text. Raises ValueError if the text holds half of a character."""
+        """The ids of a text. Raises ValueError if it holds what is no character."""
         check_characters(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -316,11 +325,18 @@ def until_stop(ids, stop_ids):
 
 
 def check_characters(text):
-    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer knows."""
+    """ValueError for what is no character: Python keeps it in a str, but no tokenizer knows it.
+
+    A byte of the command line that is not text in the locale's encoding becomes U+DC80 to U+DCFF.
+    JSON can hold half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"character {e.start + 1} is half of a surrogate pair: "
+        what = "half of a surrogate pair"
+        if "\udc80" <= text[e.start] <= "\udcff":
+            what = "not valid UTF-8; set PYTHONUTF8=1, or the terminal's encoding to UTF-8"
+        raise ValueError(f"character {e.start + 1} is {what}: "
                          f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
 
 
