@@ -271,17 +271,17 @@ class Tokenizer:
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = entries.get(name, "")
-            text = token.get("content") if isinstance(token, dict) else token
-            if not isinstance(text, str):
-                raise ValueError(f"{folder}: {name} of tokenizer_config.json or "
-                                 f"special_tokens_map.json is {token!r:.60}, not text")
-            self.special_tokens[name] = text
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str):
+                raise ValueError(f"{name} of {folder}/tokenizer_config.json or of "
+                                 f"special_tokens_map.json is {entries[name]!r:.60}, not text")
+            self.special_tokens[name] = token
         self.template = read_template(folder, entries.get("chat_template"))
         stop = read_objects(folder, "config.json", "generation_config.json").get("eos_token_id", [])
         self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
         if not all(type(i) is int for i in self.stop_ids):
-            raise ValueError(f"{folder}: eos_token_id of generation_config.json or config.json is "
-                             f"{stop!r:.60}, not the id of a token nor a list of ids")
+            raise ValueError(f"eos_token_id of {folder}/generation_config.json or of config.json "
+                             f"is {stop!r:.60}, not the id of a token nor a list of ids")
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
@@ -414,7 +414,7 @@ def compile_template(template):
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
 THOUGHT = re.compile(r"[<[◁]\|?(/|end_of_)?(?:begin_of_)?(?:think(?:ing)?|thoughts?|reasoning)"
                      r"\|?[]>▷]", re.IGNORECASE)
-PERHAPS_ANSWER = re.compile(r"\d|####|box *{|\*\*|[Aa]nswer|ANSWER|答|\b[B-HJ]\b|^\(?\w+\)?\.?\n")
+PERHAPS_ANSWER = re.compile(r"\d|####|\\f?box|\*\*|(?i:answer)|答|\b[B-HJ]\b|^\(?\w+\)?\.?(?=\n)")
 NEXT_QUESTION = re.compile(r"<\|im_(?:start|end)\|>|"  # a chat's turns, "Question:", "### Question"
                            r"\n[^\w\n]{0,9}(?:question|problem|exercise|instruction|q|user|human|"
                            r"frage|aufgabe|pregunta|вопрос|задача|问题|题目|問題|문제)[ \d]*\**"

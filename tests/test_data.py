@@ -519,7 +519,9 @@ PLAIN = {  # what the core knows: the last #### or box, as text or as a number
         ("Let me restate.\nProblem: 2+2?\n\\boxed{4}", "4"),  # a question, but no new one
         ("Let me restate a thing.\n### Question\nWho?\n#### Eva", "Eva"),
         ("#### 17\n\n### Question\n1 + 1?\n#### 2", "17"), ("#### 17\nFrage: 1 + 1?\n#### 2", "17"),
-        ("#### 17\n<|im_start|>user\n1 + 1?\n#### 2", "17"), (r"\boxed{17}<|im_end|>\boxed{2}", "17"),
+        ("#### 17\n<|im_start|>user\n1 + 1?\n#### 2", "17"),
+        ("\\boxed{Eva}\n\nQuestion: x?\n\\boxed{Rome}", "Eva"),
+        (r"\boxed{17}<|im_end|>\boxed{2}", "17"),
         (r"<Think>\boxed{3}</THINK>\boxed{4}", "4"), (r"◁think▷3◁/think▷\boxed{4}", "4"),
         (r"[THINK]\boxed{3}[/THINK]\boxed{4}", "4"), (r"<thought>3</thought>\boxed{4}", "4"),
         (r"<|begin_of_thought|>\boxed{3}<|end_of_thought|>\boxed{4}", "4"),
@@ -528,7 +530,8 @@ PLAIN = {  # what the core knows: the last #### or box, as text or as a number
         (r"\boxed{5} days. He must wait for that long, but not longer.", "5"), ("#### No.", "No"),
         (r"\boxed{5}. There are no more steps, and it is actually the least.", "5"),
         ("\\boxed{5}\n\nLet me verify: 2 + 3 = 5. Let me recheck the units: eggs.", "5"),
-        (r"\boxed{5} \text{ cm}. Note that 6 would be too long.", "5"), (r"\boxed{wait, 5}", "wait, 5"),
+        (r"\boxed{5} \text{ cm}. Note that 6 would be too long.", "5"),
+        (r"\boxed{wait, 5}", "wait, 5"),
         ("#### " + "9" * 5000, "9" * 5000),  # longer than Python makes an integer of
     ],
     False: [
@@ -551,6 +554,7 @@ PLAIN = {  # what the core knows: the last #### or box, as text or as a number
         (r"<Think>\boxed{5}", "5"), (r"<thought>\boxed{5}", "5"), (r"[THINK] \boxed{5}", "5"),
         (r"◁think▷ \boxed{5}", "5"), (r"<|begin_of_thought|> \boxed{5}", "5"),
         (r"</think>a<THINKING>\boxed{5}", "5"), ("Paris.\n\nQuestion: x?\n#### Rome", "Rome"),
+        ("Paris\nQuestion: x?\n#### Rome", "Rome"),
         ("The answer is Eva.\n\nQuestion: x?\n#### Rome", "Rome"),
         ("#### 5\nUser: and now?\n#### 2", "2"), ("#### 5\n\nProblem 2. 1 + 1?\n#### 2", "2"),
     ],

@@ -152,7 +152,8 @@ FORMS = {  # other languages, tags and currencies; what is not to be read of the
     True: [
         ("Правильный ответ — 42", "42"), ("Het antwoord is 42.", "42"), ("Svaret är 42.", "42"),
         ("Odpowiedź: 42", "42"), ("Odpowiedź to 42.", "42"), ("Cevap: 42", "42"),
-        ("उत्तर: 42", "42"), ("सही उत्तर है 42।", "42"), ("الجواب هو 42.", "42"), ("الإجابة: 42", "42"),
+        ("उत्तर: 42", "42"), ("सही उत्तर है 42।", "42"), ("الجواب هو 42.", "42"),
+        ("الإجابة: 42", "42"),
         ("So.\n<answer>4</answer>", "4"), ("<answer> 4 </answer>\nI hope it helps.", "4"),
         (r"<answer>\boxed{4}</answer>", "4"), ("<Answer>B</Answer>", "B"),
         ("#### ₩42", "42"), ("#### R$ 42", "42"), (r"\boxed{R\$42}", "42"), ("#### Rs. 42", "42"),
