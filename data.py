@@ -256,6 +256,8 @@ class Tokenizer:
         import tokenizers
         folder = Path(folder)
         file = folder / "tokenizer.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is not there; {advice(file, 'fetch it')}")
         content = file.read_bytes()
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(content)
@@ -269,10 +271,17 @@ class Tokenizer:
         self.special_tokens = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = entries.get(name, "")
-            self.special_tokens[name] = token["content"] if isinstance(token, dict) else token
+            token = token.get("content") if isinstance(token, dict) else token
+            if not isinstance(token, str):
+                raise ValueError(f"{name} of {folder}/tokenizer_config.json or of "
+                                 f"special_tokens_map.json is {entries[name]!r:.60}, not text")
+            self.special_tokens[name] = token
         self.template = read_template(folder, entries.get("chat_template"))
         stop = read_objects(folder, "config.json", "generation_config.json").get("eos_token_id", [])
         self.stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+        if not all(type(i) is int for i in self.stop_ids):
+            raise ValueError(f"eos_token_id of {folder}/generation_config.json or of config.json "
+                             f"is {stop!r:.60}, not the id of a token nor a list of ids")
 
     def prompt(self, question):
         """The prompt string of one user question; without a chat template, the question itself."""
@@ -290,7 +299,7 @@ class Tokenizer:
         return self.encode(self.prompt(question), add_special_tokens=not self.template)
 
     def encode(self, text, add_special_tokens=False):
-        """The ids of a text. Raises ValueError if the text holds half of a character."""
+        """The ids of a text. Raises ValueError if it holds what is no character."""
         check_characters(text)
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -316,11 +325,18 @@ def until_stop(ids, stop_ids):
 
 
 def check_characters(text):
-    """ValueError for half of a surrogate pair, which JSON can hold and no tokenizer knows."""
+    """ValueError for what is no character: Python keeps it in a str, but no tokenizer knows it.
+
+    A byte of the command line that is not text in the locale's encoding becomes U+DC80 to U+DCFF.
+    JSON can hold half of a surrogate pair.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"character {e.start + 1} is half of a surrogate pair: "
+        what = "half of a surrogate pair"
+        if "\udc80" <= text[e.start] <= "\udcff":
+            what = "not valid UTF-8; set PYTHONUTF8=1, or the terminal's encoding to UTF-8"
+        raise ValueError(f"character {e.start + 1} is {what}: "
                          f"{text[max(0, e.start - 20):e.start + 20]!a}") from None
 
 
@@ -396,8 +412,20 @@ def compile_template(template):
 # ---- Grading. LaTeX, units, letters and "the answer is" are paper/grading.py
 
 MARK = re.compile(r"####|\\(?:boxed|fbox|framebox)(?![a-zA-Z])")
-NEXT_QUESTION = re.compile(r"\n[^\w\n]{0,9}(?:question|problem|exercise|instruction|q|user|"
-                           r"human|问题|题目)[ \d]*\**(?:[:：]|(?<=\d)\.)", re.IGNORECASE)
+THOUGHT = re.compile(r"[<[◁]\|?(/|end_of_)?(?:begin_of_)?(?:think(?:ing)?|thoughts?|reasoning)"
+                     r"\|?[]>▷]", re.IGNORECASE)
+PERHAPS_ANSWER = re.compile(r"\d|####|\\f?box|\*\*|(?i:answer)|答|\b[B-HJ]\b|^\(?\w+\)?\.?(?=\n)")
+NEXT_QUESTION = re.compile(r"<\|im_(?:start|end)\|>|"  # a chat's turns, "Question:", "### Question"
+                           r"\n[^\w\n]{0,9}(?:question|problem|exercise|instruction|q|user|human|"
+                           r"frage|aufgabe|pregunta|вопрос|задача|问题|题目|問題|문제)[ \d]*\**"
+                           r"(?:[:：]|(?<=\d)\.)|"
+                           r"\n#+ *(?:question|problem|exercise|instruction|user|human)[ \d]*\n",
+                           re.IGNORECASE)
+WITHDRAWN = re.compile(  # at the beginning of a clause; after "however" only with another answer
+    r"(?:^|\n|[^\w\s])\s{0,9}(?:(?:oh|ah|hmm|well|so|but|or|and|no)\b\W{0,9})?(?:no[,:.!]|(?:wait|"
+    r"hmm+|actually|sorry|oops|correction|scratch that|on second thought|i mean|or rather)\b|"
+    r"let me re-?(?:do|calc|comp|consider|think|start|work|write|eval|exam)|"
+    r"(?:however|but)\b[^.\n]{0,60}?\b(?:\d|(?-i:[B-HJ]\b)))", re.IGNORECASE)
 SEVERAL = re.compile(r"box(?:ed)? *{[^{}]*}[\s$]*(?:,|;|and|or)(?:[\s$]|[a-zA-Z] *=)*$")
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.))(?:\.\d+|/0*[1-9]\d*)?")
 
@@ -405,19 +433,22 @@ NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+|(?=\.))(?:\.\d+|/0*[1-9]\d*
 def conclusion(response):
     """A response without its thoughts, up to where a base model asks itself a new question.
 
-    Thoughts that do not end have no conclusion: "".
+    Thoughts that do not end have no conclusion: "". A question that is only restated, before
+    anything that may be an answer, is not a new one.
     """
-    text = re.split("</think(?:ing)?>", response)[-1]
-    if re.search("<think(?:ing)?>", text):
-        return ""
-    return NEXT_QUESTION.split(text.strip())[0]
+    text = response.strip()
+    for thought in THOUGHT.finditer(response):
+        text = response[thought.end():].strip() if thought[1] else ""
+    answer = PERHAPS_ANSWER.search(text)
+    question = NEXT_QUESTION.search(text, answer.end()) if answer else None
+    return text[:question.start()] if question else text
 
 
 def final_answer(response):
     r"""What the last `#### N` or \boxed{N} of a response holds, stripped; "" if there is none.
 
     Marks with nothing behind them do not count, nor boxes that are cut off. Several boxes side by
-    side are no clear answer: "".
+    side are no clear answer, nor is one that is withdrawn ("No, wait: 6."): "".
     """
     text = conclusion(response)
     for mark in reversed(list(MARK.finditer(text))):
@@ -425,7 +456,8 @@ def final_answer(response):
         found = rest.split("\n")[0] if mark[0] == "####" else argument(rest)
         if found.strip():
             several = SEVERAL.search(text[max(0, mark.start() - 200):mark.start()])
-            return "" if several else found.strip().rstrip(".")
+            withdrawn = WITHDRAWN.search(rest.partition(found)[2])
+            return "" if several or withdrawn else found.strip().rstrip(".")
     return ""
 
 

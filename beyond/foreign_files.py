@@ -19,6 +19,8 @@ LAYOUTS = {  # files of other models' folders, and what to say of them
                            "save_pretrained(), and give the folder that this writes",
     "*.gguf": GGUF, "pytorch_model*.bin": PICKLE, "*.pth": PICKLE, "*.pt": PICKLE,
 }
+TOKENIZERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
+              "vocab.json", "merges.txt", "vocab.txt")  # older forms than tokenizer.json
 # How a file begins. A safetensors file begins with any eight bytes, so only long marks count there.
 WEIGHTS = {b"version https://git-": POINTER, b"GGUF": f"it {GGUF}", b"PK\x03\x04": f"it {PICKLE}",
            b"\x80\x02\x8a\n": f"it {PICKLE}", b"<!DOCTYPE": PAGE, b"<html": PAGE}
@@ -45,12 +47,15 @@ def explain(path):
     """One line on what is at a path that cannot be read, and what to do.
 
     It is "" if nothing is known: for a damaged file in the right format, or if there is no file.
+    An absent tokenizer.json may have its words in another file of the folder.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         return explain_folder(path)
     if path.suffix.lower() == ".gguf":
         return f"it {GGUF}"
+    if not path.exists() and path.name == "tokenizer.json":
+        return explain_tokenizer(path.parent)
     if not path.is_file():
         return ""
     content = path.read_bytes() if path.suffix != ".safetensors" else read_start(path)
@@ -78,6 +83,15 @@ def explain_folder(folder):
     return f"{'config.json' if has_weights else 'model*.safetensors'} is not there"
 
 
+def explain_tokenizer(folder):
+    """One line on a folder without tokenizer.json; "" if it holds no other tokenizer either."""
+    others = " and ".join(name for name in TOKENIZERS if (folder / name).exists())
+    if not others:
+        return ""
+    return (f"{others} is another form, which is not read: load the tokenizer in transformers by "
+            "AutoTokenizer, and its save_pretrained() writes tokenizer.json")
+
+
 def explain_text(content):
     """One line on the bytes of a file that is not JSON in UTF-8; "" if nothing is known."""
     if b"\0" in content[:1000]:
@@ -89,6 +103,7 @@ def explain_text(content):
                 "iconv -f LATIN1 -t UTF-8 FILE > NEW, or from what encoding it has")
     if line[:1] in ("", "[", "{"):
         return ""
-    if re.search("[,;\t|]", line):
+    if re.search("[,;\t|]", line) and not line.startswith("#"):  # which a Markdown title does
         return f"it is CSV with the columns {line:.60}; " + PANDAS.format("read_csv")
-    return f"it begins with {line[:40]!r}; write JSON, in a data set one JSON object per line"
+    return (f"it begins with {line[:40]!r}; a data set is JSON, one JSON object per line, and a "
+            "model is a folder with config.json and model*.safetensors")

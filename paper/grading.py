@@ -19,21 +19,25 @@ import data
 
 PHRASE = re.compile(  # "the answer is", "Answer:", and the same in other languages
     r"(?:(?<!this )\b(?:answer(?: to (?:the|this) \w+)?|correct (?:option|choice)|antwort|ответ|"
-    r"(?:réponse|respuesta|resposta|risposta)(?: \w+)?)\b|答案|答え|정답|答|답)[\s*)]*"
-    r"(?:[:：]|(?:is|ist|lautet|est|es|é|è|是|为|為|は|은|는)(?![a-z'’])\s*[:：]?)[\s*:]*",
+    r"(?:réponse|respuesta|resposta|risposta)(?: \w+)?|antwoord|svaret|svar|odpowiedź|cevap|उत्तर|"
+    r"الجواب|الإجابة)\b|答案|答え|정답|答|답)[\s*)]*"
+    r"(?:[:：]|—(?=\s)|(?:is|ist|lautet|est|es|é|è|är|er|to|هو|هي|है|是|为|為|は|은|는)"
+    r"(?![a-z'’])\s*[:：]?)[\s*:]*",
     re.IGNORECASE)
-END = re.compile(r"\n|[.!?](?=\s)|。|です|입니다")  # of a sentence
+END = re.compile(r"\n|(?<!\b[Rr]s)[.!?](?=\s)|[。।]|です|입니다| है")  # of a sentence, but "Rs. 5"
+TAGGED = re.compile(r"<answer>([^<]*)</answer>", re.IGNORECASE)
 REMARK = re.compile(r"(?:correct|right|consistent|reasonable|valid|verified|in simplest|"
                     r"an? (?:\w+ )?(?:integer|number))\b", re.IGNORECASE)
 WITHDRAWN = re.compile(r"\b(?:wait|actually|hmm|sorry|correction|i mean|or rather|let me re\w+)\b"
-                       r"|\bno[,:.]", re.IGNORECASE)
+                       rf"|\bno[,:.]|{data.WITHDRAWN.pattern}", re.IGNORECASE)  # prose alone
 
 
 def final_answer(response):
     r"""The final answer that a response states, stripped; "" if it states none.
 
-    A `####` or a box counts before any prose. Without them "the answer is ..." counts, then a last
-    line that is a choice letter, then the only bold text of the last line.
+    A `####` or a box counts before any prose. Without them <answer>...</answer> counts, then "the
+    answer is ...", then a last line that is a choice letter, then the only bold text of the last
+    line.
     """
     text = re.sub(r"\\f?box(ed)? *{\s*}", "", data.conclusion(response))  # empty boxes
     marks = list(data.MARK.finditer(text))
@@ -42,6 +46,9 @@ def final_answer(response):
         if marks[-1][0] == "####" and number(found) is None:  # perhaps a Markdown heading
             return stated(rest) or found
         return found
+    tagged = list(TAGGED.finditer(text))
+    if tagged:
+        return "" if WITHDRAWN.search(text, tagged[-1].end()) else tagged[-1][1].strip()
     last_line = text.strip().rpartition("\n")[2]
     bold = re.findall(r"\*\*(.+?)\*\*", last_line)
     if PHRASE.search(text):
@@ -82,26 +89,32 @@ TYPESETTING = [  # (pattern, replacement): other ways to write the same
     ("[−–]", "-"), ("²", "^2"), ("³", "^3"),
     (r"(?<=[ap])\. ?m\b\.?", "m"),  # p.m.
     (r"\s+", " "),
-    (r" ?([^\w$€£¥₹ ]) ?", r"\1"),
+    (r" ?([^\w$€£¥₹₩ ]) ?", r"\1"),
 ]
 SAME_UNIT = {"$": "dollars", "usd": "dollars", "dollar": "dollars", "us dollars": "dollars",
              "€": "euros", "eur": "euros", "euro": "euros", "£": "pounds", "gbp": "pounds",
              "pound": "pounds", "₹": "rupees", "¢": "cents", "cent": "cents", "¥": "yen",
+             "₩": "won", "원": "won", "r$": "reais", "rs": "rupees", "rs.": "rupees",
              "%": "percent", "hour": "hours", "minute": "minutes", "day": "days",
              "cm": "centimeters", "m": "meters", "km": "kilometers", "kg": "kilograms",
              "g": "grams", "ft": "feet", "mile": "miles", "cup": "cups",
              "in": "inches", "meter": "meters", "foot": "feet", "inch": "inches"}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+# No unit with one of these is read: scales, parts, pairs, digits, and "about", "more", "not".
+SCALES_IN_CHINESE = "万萬亿億兆京垓千百十拾佰仟半倍多余餘来來几幾割成打双雙对對点點又零一二三四五六七八九两兩以左不非"
 # A plural, or one of a few other words, is a unit: "17 more", "17 times" and "17 xyz" are not 17.
 UNIT = (r"(?:(?:square|cubic|sq\.?|cu\.?) ?)?"
-        r"(?!(?:times|dozens|halves|thirds|quarters|tens|hundreds|thousands|\w+illions|scores|"
-        r"pairs|perhaps|always|besides|does|\w+(?<!mon)ths)\b)"
+        r"(?!(?:times|dozens|halves|thirds|quarters|tens|hundreds|thousands|\w+illi(?:on|ard)s|"
+        r"scores|pairs|couples|trios|grosses|myriads|lakhs|lacs|crores|twos|threes|fours|fives|"
+        r"sixes|sevens|eights|nines|doubles|triples|perhaps|always|besides|does|"
+        r"\w+(?<!mon)ths)\b)"
         r"(?:[a-z]{2,}[^\W\dsiu_]s|glass(?:es)?|percent|people|children|day|hour|minute|cup|dollar|"
         r"euro|pound|cent|mile|meter|foot|feet|inch|usd|us dollars|eur|gbp|[ckm]m|[km]g|ml|ft|in|"
-        r"lb|mph|per [a-z]+|(?<= )[mg]|[%¢€£₹¥]|(?![万亿千百十半倍多余来几])[一-鿿]+)"
+        r"lb|mph|per [a-z]+|(?<= )[mg]|chf|[%¢€£₹¥₩원]|(?:(?!次方|[" + SCALES_IN_CHINESE
+        + r"])[一-鿿])+)"
         r"(?:(?:/| per | of )[a-z]+| left| in total)?(?:\^[23])?")
 NUMBER = re.compile(  # an option's letter may stand before it
-    rf"(?:\([a-j]\))?(?P<sign>[-+]?)(?P<money>[$€£₹¥]?) ?(?P<minus>-?)"
+    rf"(?:\([a-j]\))?(?P<sign>[-+]?)(?P<money>(?:r\$|rs\.?|chf|[$€£₹¥₩])?) ?(?P<minus>-?)"
     rf"(?P<value>\d+/0*[1-9]\d*|\d*\.?\d+|"
     rf"\d{{1,3}}(?:(?P<comma>[, '’])\d{{3}})(?:(?P=comma)\d{{3}})*(?:\.\d+)?|"
     rf"\d{{1,2}}(?:,\d{{2}})+,\d{{3}})"
@@ -130,8 +143,8 @@ def number(text):
 
     The value is exact. Whatever might change it (5x, 5!, 5 or 6, 5 dozen) makes it no number.
     """
-    if re.search(r"\d,(?:\s|\\ )", text):  # a list
-        return None
+    if re.search(r"\d,(?:\s|\\ )", text) or re.search(r"\d [MG]\b", plain(text)):
+        return None  # a list, or a scale: 5 M is not 5 m
     text = plain(text).lower()
     word = WORDS.get(text) or WORDS.get(text.replace(" ", "-"))
     if word is not None:

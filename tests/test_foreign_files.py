@@ -51,6 +51,31 @@ def test_a_git_lfs_pointer_in_place_of_a_tokenizer(tmp_path):
     assert says.startswith(str(tmp_path / "tokenizer.json")) and "`git lfs pull`" in says
 
 
+@pytest.mark.parametrize("names", [["tokenizer.model"], ["vocab.json", "merges.txt"],
+                                   ["vocab.txt"], ["tekken.json"], ["spiece.model"]])
+def test_a_tokenizer_of_another_form(tmp_path, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"\n\x0e")
+    says = failure(tmp_path, OSError, Tokenizer)
+    assert says.startswith(f"{tmp_path / 'tokenizer.json'} is not there; {' and '.join(names)} ")
+    assert "transformers" in says and "save_pretrained() writes tokenizer.json" in says
+
+
+def test_no_tokenizer_at_all(tmp_path, monkeypatch):
+    absent = f"{tmp_path / 'tokenizer.json'} is not there; fetch it"
+    assert failure(tmp_path, OSError, Tokenizer) == absent
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e")
+    monkeypatch.setitem(sys.modules, "beyond.foreign_files", None)  # its import fails
+    assert failure(tmp_path, OSError, Tokenizer) == absent
+
+
+@pytest.mark.parametrize("text", ["# A title, or two\n", "Read me first\n"])
+def test_a_text_in_place_of_a_model(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    says = failure(tmp_path / "README.md", OSError, resolve)
+    assert "a model is a folder with config.json and model*.safetensors" in says
+
+
 @pytest.mark.parametrize("content, words", [
     (b"<!DOCTYPE html><html>", "download it again"), (b"GGUF\3\0\0\0", "made from"),
     (b"PK\x03\x04" + bytes(60), "save_pretrained()"),

@@ -121,6 +121,11 @@ WRONG = {
     "another unit": [
         ("#### 5 hours", "5 minutes"), ("#### 5 minutes", "300 seconds"), ("#### 5 million", "5"),
         ("#### £18", "$18"), ("#### 5", "5 million"), ("#### 5k", "5"),
+        *[(rf"\boxed{{3{scale}}}", "3") for scale in (
+            "億", "亿", "兆", "萬", "億円", "个亿", "元多", "打", "双", "成", "割", "点五", "次方", "以上",
+            "억", " lakhs", " lakh", " crores", " lacs", " grosses", " couples", " milliards",
+            " fives", " doubles", " M", " G", r"\text{ M}")],
+        ("#### R$ 5", "Rs. 5"), ("#### ₩5", "5 yen"), ("The answer is Rs. 50. No, wait.", "50"),
         ("#### 5 dozen", "5"), ("#### 5 and a half", "5"), ("#### 2 thirds", "2"),
         ("#### 5 hundred", "5"), ("#### 25%", "2500"), ("#### 25", "0.25"), ("#### 0.25", "25"),
         ("#### 2.5%", "25"), ("#### 5 cm", "5 cm^2"),
@@ -141,6 +146,35 @@ WRONG = {
         (r"\boxed{5 \text{ or } \sqrt{2}}", "5"), (r"\boxed{(-\infty, 3]}", r"(-\infty, 3)"),
     ],
 }
+
+
+FORMS = {  # other languages, tags and currencies; what is not to be read of them
+    True: [
+        ("Правильный ответ — 42", "42"), ("Het antwoord is 42.", "42"), ("Svaret är 42.", "42"),
+        ("Odpowiedź: 42", "42"), ("Odpowiedź to 42.", "42"), ("Cevap: 42", "42"),
+        ("उत्तर: 42", "42"), ("सही उत्तर है 42।", "42"), ("الجواب هو 42.", "42"),
+        ("الإجابة: 42", "42"),
+        ("So.\n<answer>4</answer>", "4"), ("<answer> 4 </answer>\nI hope it helps.", "4"),
+        (r"<answer>\boxed{4}</answer>", "4"), ("<Answer>B</Answer>", "B"),
+        ("#### ₩42", "42"), ("#### R$ 42", "42"), (r"\boxed{R\$42}", "42"), ("#### Rs. 42", "42"),
+        ("The answer is Rs. 42. It is", "42"), ("#### 42 CHF", "42"), ("#### CHF 1'000", "1000"),
+        ("#### 42원", "42"), ("#### Rs 42", "42 rupees"), ("#### 3平方米", "3"), ("#### 3小时", "3"),
+        ("The answer to this question is 5. However, this is not unique.", "5"),
+    ],
+    False: [
+        ("The answer to this question is 5. However, 6 is better.", "5"),
+        ("The answer is 5, but 6 is better.", "5"), ("Svaret är inte 42", "42"),
+        ("ответ —42", "42"), ("ответ: —42", "42"), ("Answer - 42", "42"), ("उत्तर 42 43", "42"),
+        ("<answer>4", "4"), ("<answer></answer>", "4"), ("<answer>4 or 5</answer>", "4"),
+        ("<answer>4</answer> No, wait: 5.", "4"), ("<think><answer>4</answer>", "4"),
+        ("<answer>4</answer><answer>5</answer>", "4"), ("#### CHF 42", "$42"),
+    ],
+}
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_languages_tags_and_currencies(right):
+    assert not [case for case in FORMS[right] if grading.correct(*case) is not right]
 
 
 REPORTED = {  # what public reports of other graders name, and more of the same kinds
@@ -312,7 +346,7 @@ def test_verdicts_judged_otherwise():
 
 def test_where_in_doubt_the_core_says_wrong():
     """Whatever paper/grading.py calls wrong, the core must not call right."""
-    wrong = [case for cases in WRONG.values() for case in cases] + REPORTED[False]
+    wrong = [case for cases in WRONG.values() for case in cases] + REPORTED[False] + FORMS[False]
     assert len(wrong) > 200 and not [case for case in wrong if data.correct(*case)]
 
 
@@ -397,7 +431,9 @@ def test_any_text_is_graded_without_an_exception():
               "#### 1 " + "aa " * 5000, "#### 1 " + "aaa" * 60, "$" * 9999,
               "#### 1" + " " * 20000 + "!", "#### \\text{" + " " * 20000, "answer is " * 3000,
               "a" + "\n" * 50_000 + "b", "#### " + "x=" * 20_000 + "5", "\n**Q" * 20_000,
-              "\\boxed{1} and " * 5000, "The answer is " + "a+" * 20_000, "**" * 20_000]
+              "\\boxed{1} and " * 5000, "The answer is " + "a+" * 20_000, "**" * 20_000,
+              "#### 1\n" + "but " * 20_000, "#### 1" + "\n" * 50_000, "<answer>" * 20_000,
+              "[think]" * 20_000, "1" + "\n#" * 20_000, "\\boxed{1}" + " no" * 20_000]
     for text in texts:
         for correct in (data.correct, grading.correct):
             assert correct(text, "9217") is False

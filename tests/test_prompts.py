@@ -105,6 +105,22 @@ def test_stop_ids(tmp_path, generation, config, stops):
     assert make(tmp_path, **files).stop_ids == stops
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("stop", [[None], {}, "x", [2, "x"], [[2]], True, 2.5])
+def test_a_stop_id_that_is_no_id_is_one_line(tmp_path, name, stop):
+    with pytest.raises(ValueError, match=f"^[^\n]*eos_token_id of [^\n]*{name}[^\n]*not the id"):
+        make(tmp_path, **{name: {"eos_token_id": stop}})
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token", "unk_token"])
+@pytest.mark.parametrize("token", [{"x": 1}, {"content": None}, {"content": 5}, 5, ["<s>"], False])
+def test_a_special_token_that_is_no_text_is_one_line(tmp_path, name, token):
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        (tmp_path / file).unlink(missing_ok=True)
+        with pytest.raises(ValueError, match=f"^[^\n]*{name} of [^\n]*{file}[^\n]*, not text$"):
+            make(tmp_path, **{"tokenizer_config.json": {}, file: {name: token}})
+
+
 def test_special_tokens_map_fills_in(tmp_path):
     """Older repos name the special tokens in a file of their own."""
     template = "{{ bos_token }}|{{ eos_token }}|{{ pad_token }}"
@@ -204,6 +220,17 @@ def test_a_lone_surrogate_ends_in_one_line(tmp_path, template):
     for encode in (tokenizer.prompt_ids, tokenizer.encode):
         with pytest.raises(ValueError, match="^character 3 is half of a surrogate pair[^\n]*$"):
             encode(json.loads('"a \\ud800 b"'))
+
+
+@pytest.mark.parametrize("text, place", [("a \udcc3\udca9", 3), ("\udc80", 1), ("\udcff", 1)])
+def test_a_command_line_in_another_encoding_ends_in_one_line(tmp_path, text, place):
+    """Python keeps bytes that it cannot decode as U+DC80 to U+DCFF: no half of a pair is meant."""
+    refused = f"^character {place} is not valid UTF-8; set PYTHONUTF8=1, [^\n]*encoding[^\n]*$"
+    with pytest.raises(ValueError, match=refused):
+        make(tmp_path).encode(text)
+    for half in ("\udc7f", "\udd00", "\udfff"):
+        with pytest.raises(ValueError, match="is half of a surrogate pair"):
+            Tokenizer(tmp_path).encode(half)
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json",
