@@ -303,7 +303,7 @@ def import_block(text):
 
 
 def check_output(file, inputs):
-    """ValueError if a file cannot be written where it is to be, or if it would overwrite an input."""
+    """ValueError if a file cannot be written where it is to be, or would overwrite an input."""
     path = Path(file)
     check_overwriting(file, inputs)
     if not file or path.exists() and not path.is_file():
