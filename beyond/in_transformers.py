@@ -117,13 +117,17 @@ class Watcher:
     would use the full model under the sparse one's name raises ValueError. Within caprese.phase
     nothing is changed.
 
-    The hooks are methods, whose object copy.deepcopy copies with the model, and torch.compile
-    leaves them alone.
+    The hooks are methods, whose object copy.deepcopy and torch.save copy with the model, and
+    torch.compile leaves them alone. A copy has no selection that belongs to a cache, so it begins
+    with a prompt.
     """
 
     def __init__(self, model, call):
         self.model, self.call = model, call
         self.filled = None  # (the cache that the selection belongs to, how many tokens it holds)
+
+    def __getstate__(self):
+        return self.__dict__ | {"filled": None}  # a weak reference cannot be written
 
     @torch.compiler.disable
     def before_model(self, model, args, kwargs):

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,17 +32,18 @@ SETTINGS = ("n", "temperature", "top_p", "max_new_tokens", "only_right", "batch_
 class Output:
     """A JSONL file that grows block by block, and beside it what it was made by: `about`.
 
-    A block counts once `about` has been replaced; what stands behind the bytes that it names is
-    overwritten. Raises ValueError, and both files stay as they are, if the file was made by other
-    settings, or changed by other hands.
+    A block counts once `about` has been replaced. Until there are `total` answers, what stands
+    behind the bytes that it names is of an interrupted block, and is overwritten. Raises
+    ValueError, and both files stay as they are, if the file was made by other settings, or changed
+    by other hands. Raises OSError, which names the file, if it cannot be written.
     """
 
-    def __init__(self, file, settings):
+    def __init__(self, file, settings, total):
         self.file, self.about_file = Path(file), Path(f"{file}.about.json")
         self.about = {"settings": settings, "answers": 0, "samples": 0, "bytes": 0}
         self.hash = hashlib.sha256()
         if self.file.exists() and self.about_file.exists():
-            self.resume(settings)
+            self.resume(settings, total)
         elif self.file.exists() and self.file.stat().st_size:
             raise ValueError(f"{file} is there, but no {self.about_file} that says what made it; "
                              "give another --out")
@@ -49,7 +51,7 @@ class Output:
             self.save()
             self.file.touch()
 
-    def resume(self, settings):
+    def resume(self, settings, total):
         """Take up the blocks that are in the file; ValueError if they are not by these settings."""
         about = read_json(self.about_file)
         try:
@@ -58,7 +60,8 @@ class Output:
                        for name, value in settings.items() if earlier.get(name) != value]
             with open(self.file, "rb") as opened:
                 self.hash.update(opened.read(about["bytes"]))
-            intact = self.hash.hexdigest() == about["sha256"]
+            more = about["answers"] >= total and self.file.stat().st_size > about["bytes"]
+            intact = self.hash.hexdigest() == about["sha256"] and not more
         except (KeyError, TypeError, AttributeError):
             raise ValueError(f"{self.about_file} does not say what made {self.file}; give another "
                              "--out") from None
@@ -73,7 +76,7 @@ class Output:
     def append(self, rows, answers):
         """Write the samples of one block of so many answers."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        with open(self.file, "r+b") as opened:
+        with naming(self.file), open(self.file, "r+b") as opened:
             opened.seek(self.about["bytes"])
             opened.truncate()  # what an interrupted run has left
             opened.write(text)
@@ -89,8 +92,19 @@ class Output:
         """Write `about` under a temporary name, then rename it."""
         temporary = Path(f"{self.about_file}.tmp")
         about = self.about | {"sha256": self.hash.hexdigest()}
-        temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.about_file)
+        with naming(self.about_file):
+            temporary.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.about_file)
+
+
+@contextmanager
+def naming(file):
+    """Let an OSError within say which file could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror}); the blocks before are kept, so "
+                      "make room, and the same command goes on") from None
 
 
 # ---- the answers
@@ -107,10 +121,11 @@ def write_answers(args, out):
         raise ValueError("the model names no eos_token_id, so none of its answers would end")
     grade = grader()
     questions = fitting(problems, tokenizer, model.config.max_position_embeddings)
+    asked = [question for question in questions for _ in range(args.n)]
     output = Output(args.out, {name: getattr(args, name) for name in SETTINGS} | {
         "questions": digest(questions), "model": caprese.fingerprint(model),
-        "dtype": str(model.dtype), "device": model.device.type, "graded by": grade.__module__})
-    asked = [question for question in questions for _ in range(args.n)]
+        "dtype": str(model.dtype), "device": model.device.type,
+        "graded by": grade.__module__}, len(asked))
     print(f"Asking {args.model or 'the bundled model'} on {args.device} {len(questions)} questions,"
           f" {args.n} times each; {grade.__module__} grades.\n{state(output, args, questions)}",
           file=out)

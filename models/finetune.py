@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
@@ -109,16 +110,53 @@ def copy_weights(master, weights):
 
 
 def save(model, source, folder):
-    """Write the folder in the official layout: the source's files, and the weights in bfloat16."""
+    """Write the folder in the official layout: the source's files, and the weights in bfloat16.
+
+    Returns the weights' SHA-256. Raises OSError, which names the folder, if that fails.
+    """
+    try:
+        copy_settings(source, folder)
+        return save_weights(model, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"cannot write {folder} ({error}); the same command goes on from the end of "
+                      "the training") from None
+
+
+def copy_settings(source, folder):
+    """Copy the config, the tokenizer and the chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in [*source.glob("*.json"), *source.glob("*.jinja")]:
         if not file.name.endswith(".index.json"):
             shutil.copyfile(file, folder / file.name)
+
+
+def save_weights(model, folder):
+    """Write model.safetensors under a temporary name, then rename; returns its SHA-256."""
     tensors = {name: p.detach().to("cpu", torch.bfloat16) for name, p in model.named_parameters()}
     file = folder / "model.safetensors"
     save_file(tensors, f"{file}.tmp", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", f"{file}.tmp")  # which is new here; safetensors: 0600
     os.replace(f"{file}.tmp", file)
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check(args, source):
+    """ValueError, in one line, for a learning rate or an --out that cannot be; nothing is written.
+
+    The folder --out must be new or empty. It may hold what an interrupted run has written, whose
+    state then lies beside it.
+    """
+    if not 0 < args.lr < math.inf:
+        raise ValueError(f"--lr is {args.lr}, but it must be a number above 0")
+    inputs, state = [source, *args.data, *args.exclude], Path(f"{args.out}.state")
+    sample.check_overwriting(args.out, inputs)
+    sample.check_output(state, inputs)
+    if os.path.lexists(args.out) and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file, but a folder is written; give another --out")
+    going_on = state.exists() and not args.fresh
+    if args.out.is_dir() and any(args.out.iterdir()) and not going_on:
+        raise ValueError(f"--out {args.out} holds files already, which could be another model's; "
+                         "give a new folder, or empty this one")
 
 
 def main():
@@ -139,7 +177,7 @@ def main():
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     source = resolve(args.model or sample.BUNDLED)
-    sample.check_overwriting(args.out, [source, *args.data, *args.exclude])
+    check(args, source)
     model, tokenizer = sample.load(args)
     samples = read_samples(args, tokenizer)
     checkpoint = distill.open_checkpoint(args, settings_of(args, model, samples), sys.stdout)

@@ -5,11 +5,14 @@ variants and for their answers, and shows the rows of its table (`show`).
 
 Answers and learned corrections are kept in the folder --out. Its settings.json says what made
 them; a run with other settings is refused. What varies within a folder stands in the names of its
-files: the problem set, the variant of the model, the batch size, the temperature. A class of
---block is edited and tried again, so a hash of its file is part of such a name.
+files: the problem set, the variant of the model, the batch size, the temperature. A method is
+edited and tried again, so part of a variant's name is a hash of the files of its class and of that
+class's bases: caprese.py, and the file of a --block. Only these files are hashed, no others; when
+others may have changed, a note names the commit.
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -35,7 +38,7 @@ import sample
 from model import read_json
 from paper.int4 import Int4FF
 from paper.lora import LoRAFF
-from paper.scores import right_or_wrong, scores, summary
+from paper.scores import SCORES, right_or_wrong, scores, summary
 
 TOP_P = 0.95  # the paper's, where it samples
 BUNDLED_CATS_DENSITY = 0.05  # at 0.2 and above CATS costs so small a model nothing
@@ -50,6 +53,8 @@ DEFAULTS = {  # without and with --full; samples None: as many as distill.py tak
     "samples": (1000, None),
 }
 RECIPE = ("samples", "layerwise", "loss", "e2e_lr", "e2e_epochs", "e2e_batch_size")
+TEXTS = ("set", "variant", "kind", "question", "answer", "response")  # of a kept answer
+NUMBERS = ("problem", "run", "tokens")
 LABELS = ("method", "model", "set", "layer", "density", "rank", "rho", "n", "K", "generated")
 RESULTS = Path(__file__).resolve().parent / "results.tsv"
 
@@ -94,6 +99,8 @@ def arguments(script, description, argv=None, **defaults):
     args.command = shlex.join(["python", "-m", script, *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args, DEFAULTS | defaults)
     check(args)
+    for block in BLOCKS + args.block:
+        source_digest(block)  # of the code that was imported, before anybody edits its file
     if args.plot:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
     where = f"on {args.device}, {torch.get_num_threads()} CPU threads"
@@ -138,6 +145,33 @@ def digest(content):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
+@functools.cache
+def source_digest(block):
+    """A short hash of the source files of a class and of its bases, but for torch's own classes.
+
+    It is kept, so it stays that of the running code when a file is edited. Raises ValueError if
+    there is no source file.
+    """
+    ours = [base for base in block.__mro__
+            if base.__module__.split(".")[0] not in ("torch", "builtins")]
+    try:
+        files = [inspect.getsourcefile(base) or base.__module__ for base in ours]
+        return digest(b"".join(Path(file).read_bytes() for file in dict.fromkeys(files)))
+    except (TypeError, OSError) as error:
+        raise ValueError(f"the source files of {caprese.method_name(block)} cannot be read "
+                         f"({error}), so kept answers could not say what made them") from None
+
+
+def write(file, content, mode="wb"):
+    """Write bytes to a file, or append them by mode "ab"; OSError names the file."""
+    try:
+        with open(file, mode) as opened:
+            opened.write(content)
+    except OSError as error:
+        raise OSError(f"cannot write {file} ({error.strerror}); make room, or name another "
+                      "place") from None
+
+
 def commit():
     """The commit of this folder, "-dirty" if files differ from it, or "unknown"."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -153,7 +187,7 @@ def commit():
 class Variant:
     """A row of a table: a sparse method and how its correction is learned, or an adapter.
 
-    Without a method and an adapter it is the full model.
+    Without a method and an adapter it is the full model. An adapter's method only names its files.
     """
     name: str
     method: type | None = None  # a subclass of caprese.SparseFF
@@ -171,10 +205,10 @@ class Variant:
             words = ["adapter", Path(self.adapter).stem]
         elif self.method:
             words = [caprese.method_name(self.method), self.layers, f"density {self.density}"]
-            if self.method not in BLOCKS:
-                words[0] += f" {digest(Path(inspect.getsourcefile(self.method)).read_bytes())}"
             if self.rank:
                 words += [f"rank {self.rank}", *self.stages]
+        if self.method:
+            words.insert(1, source_digest(self.method))
         if self.reselect:
             words.append(f"rho {self.reselect}")
         return re.sub(r"[^\w.]+", "-", " ".join(word for word in words if word))
@@ -216,7 +250,14 @@ def variants(args, methods, each_stage=True):
         found.append(alone)
         for some in learning if each_stage else learning[-1:]:
             found.append(learned(args, alone, some))
-    return found + [Variant(Path(file).stem, adapter=file) for file in args.adapter]
+    return found + [Variant(Path(file).stem, adapter_method(args, file), adapter=file)
+                    for file in args.adapter]
+
+
+def adapter_method(args, file):
+    """The class of an adapter, also one of this folder or of --block; None if it is another."""
+    named = {caprese.method_name(block): block for block in BLOCKS + args.block}
+    return named.get(caprese.read_adapter(file)[1]["method"])
 
 
 def three_ranks(args, model):
@@ -274,16 +315,21 @@ class Experiment:
         if not file.exists() and any(self.folder.glob("*.jsonl")):
             raise ValueError(f"{args.out} holds answers without a settings.json that says what "
                              "made them; give another --out")
-        saved = read_json(file) if file.exists() else {"commit": commit()}
+        begun = file.exists()
+        saved = read_json(file) if begun else {"commit": commit()}
+        if not isinstance(saved, dict):
+            raise ValueError(f"{file} does not say what made the answers beside it; give another "
+                             "--out")
         differ = [name for name in settings if saved.get(name, settings[name]) != settings[name]]
         if differ:
             raise ValueError(f"{args.out} holds the work of a run with another "
                              f"{', '.join(differ)}; give another --out")
-        if saved.get("commit") != commit():
+        if saved.get("commit") != commit() or begun and commit().endswith("-dirty"):
             print(f"note: {args.out} was begun at commit {saved.get('commit')}, and this is "
-                  f"{commit()}; if the method has changed, give another --out", file=sys.stderr)
+                  f"{commit()}; if more than the files of a method has changed, give another --out",
+                  file=sys.stderr)
         temporary = file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(saved | settings, indent=1) + "\n")
+        write(temporary, (json.dumps(saved | settings, indent=1) + "\n").encode())
         temporary.replace(file)
 
     def graded(self):
@@ -295,10 +341,8 @@ class Experiment:
                         "give other --data")
 
     def load_adapter(self, file):
-        """Attach the method of an adapter, also one of this folder or of --block."""
-        named = {caprese.method_name(block): block for block in BLOCKS + self.args.block}
-        method = named.get(caprese.read_adapter(file)[1]["method"])
-        return caprese.load_adapter(self.model, file, method=method)
+        """Attach an adapter, as it was learned."""
+        return caprese.load_adapter(self.model, file, method=adapter_method(self.args, file))
 
     def prepare(self, variant):
         """Attach a variant and return the model; its correction is read from the folder, or learned
@@ -346,6 +390,8 @@ class Experiment:
         self.count += len(jobs)
         self.reused += len(jobs) - sum(map(len, missing))
         if missing:
+            if file.exists():
+                os.truncate(file, len(complete_lines(file)))
             self.prepare(variant)
             if args.batch_size == 1:
                 self.decode(variant, problems, [(0, 0)])  # a warm-up, whose time does not count
@@ -353,8 +399,7 @@ class Experiment:
             answers = self.decode(variant, problems, batch)
             done |= dict(zip(batch, answers))
             lines = [json.dumps({"set": name} | answer, ensure_ascii=False) for answer in answers]
-            with open(file, "a", encoding="utf-8") as out:
-                out.write("".join(f"{line}\n" for line in lines))
+            write(file, "".join(f"{line}\n" for line in lines).encode(), "ab")
         return [done[job] for job in jobs]
 
     def decode(self, variant, problems, batch):
@@ -439,15 +484,41 @@ def is_to(answer, problems):
         problems[i].question, problems[i].answer)
 
 
-def read_answers(file):
-    """{(problem, run): answer} of a JSONL file; a last line that a kill cut short is removed."""
-    if not file.exists():
-        return {}
+def complete_lines(file):
+    """The bytes of a file without a last line that a kill cut short."""
     content = file.read_bytes()
-    complete = content[:content.rfind(b"\n") + 1]
-    os.truncate(file, len(complete))
-    answers = [json.loads(line) for line in complete.decode().split("\n")[:-1]]
-    return {(answer["problem"], answer["run"]): answer for answer in answers}
+    return content[:content.rfind(b"\n") + 1]
+
+
+def read_answers(file):
+    """{(problem, run): answer} of a JSONL file, which may be missing.
+
+    Raises ValueError, which names the file and the line, if a line is no answer of this folder.
+    """
+    lines = complete_lines(file).split(b"\n")[:-1] if file.exists() else []
+    answers = {}
+    for number, line in enumerate(lines, 1):
+        answer = parse_answer(line)
+        if answer is None:
+            raise ValueError(f"{file}, line {number} is not a kept answer; delete the line, and it "
+                             "is answered anew")
+        answers[answer["problem"], answer["run"]] = answer
+    return answers
+
+
+def parse_answer(line):
+    """The dictionary in a line of kept answers, or None if the line is damaged."""
+    try:
+        answer = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not (isinstance(answer, dict) and "ended" in answer):
+        return None
+    values = [answer[score] for score in SCORES if score in answer]
+    whole = (all(isinstance(answer.get(name), str) for name in TEXTS)
+             and all(type(answer.get(name)) is int for name in NUMBERS)
+             and values and all(isinstance(value, (int, float)) for value in values))
+    return answer if whole else None
 
 
 # ---- table, picture, log
@@ -494,9 +565,8 @@ def log(args, rows, sets):
             metric = column.removeprefix(f"{of} ")
             lines.append([*made_by, model, method, of, metric, f"{value:.6g}",
                           "" if error is None else f"{error:.6g}"])
-    with open(RESULTS, "a", encoding="utf-8") as file:
-        file.write("".join("\t".join(" ".join(cell.split()) for cell in line) + "\n"
-                           for line in lines))
+    text = "".join("\t".join(" ".join(cell.split()) for cell in line) + "\n" for line in lines)
+    write(RESULTS, text.encode(), "ab")
 
 
 def machine(device):

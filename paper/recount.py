@@ -9,14 +9,16 @@ import gzip
 import json
 import statistics
 import sys
+import zlib
 from pathlib import Path
 
 import data
 import sample
 from paper import scores
-from paper.common import read_answers
+from paper.common import read_answers, write
 
 FOLDER = Path(__file__).resolve().parent / "answers"
+NEEDED = {"variant", "question", "answer", "response", "tokens"}  # of those of earlier versions too
 KEPT = ("set", "variant", "kind", "question", "answer", "response", "tokens", "ended")
 
 
@@ -47,7 +49,7 @@ def collect(runs):
     for name, answers in sets.items():
         answers.sort(key=lambda answer: answer["question"])  # so that they compress well
         text = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        (FOLDER / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+        write(FOLDER / f"{name}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
 
 
 def score(answer):
@@ -60,14 +62,27 @@ def score(answer):
     return value
 
 
+def read_kept(file):
+    """The answers in a file of FOLDER; ValueError, which names it, if it is damaged."""
+    try:
+        text = gzip.decompress(file.read_bytes()).decode()
+        answers = [json.loads(line) for line in text.split("\n")[:-1]]
+        if all(answer.keys() >= NEEDED for answer in answers):
+            return answers
+        reason = f"a line has not all of {', '.join(sorted(NEEDED))}"
+    except (OSError, EOFError, zlib.error, ValueError, AttributeError) as error:
+        reason = error
+    raise ValueError(f"{file} is damaged ({reason}); fetch it again, or collect it anew from the "
+                     "folder of its run")
+
+
 def count(file):
     """A row for each variant in a file of answers: its score in percent with standard error.
 
     ended is how many of them stopped before their limit; answers of earlier versions do not know.
     """
     answers = {}
-    for line in gzip.decompress(file.read_bytes()).decode().split("\n")[:-1]:
-        answer = json.loads(line)
+    for answer in read_kept(file):
         answers.setdefault(answer["variant"], []).append(answer)
     rows = []
     for variant, of_variant in sorted(answers.items()):

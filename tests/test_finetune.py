@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -165,6 +166,62 @@ def test_an_output_that_is_an_input_is_refused_at_the_start(finetune, samples, t
         run(finetune, monkeypatch, *words)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert not list(tmp_path.glob("*.state"))
+
+
+@pytest.mark.parametrize("lr", ["nan", "inf", "-inf", "0", "-0.1"])
+def test_a_learning_rate_that_is_none_is_refused_at_the_start(finetune, samples, tmp_path,
+                                                              monkeypatch, lr):
+    with pytest.raises(ValueError, match="--lr is .* above 0"):
+        run(finetune, monkeypatch, *flags(samples, tmp_path / "model"), f"--lr={lr}")
+    assert [file.name for file in tmp_path.iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("kind", ["file", "broken link", "model", "weights"])
+def test_an_output_that_is_not_free_is_refused_at_the_start(finetune, samples, tmp_path,
+                                                            monkeypatch, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("keep")
+    elif kind == "broken link":
+        out.symlink_to("nowhere")
+    elif kind == "model":
+        shutil.copytree(sample.BUNDLED, out)
+    else:
+        out.mkdir()
+        (out / "pytorch_model.bin").write_text("keep")
+    contents = {file.name: file.read_bytes() for file in out.glob("*")}
+    for more in ((), ("--fresh",)):
+        with pytest.raises(ValueError, match="give (another --out|a new folder)"):
+            run(finetune, monkeypatch, *flags(samples, out), *more)
+    assert {file.name: file.read_bytes() for file in out.glob("*")} == contents
+    assert kind != "file" or out.read_text() == "keep"
+    assert not list(tmp_path.glob("*.state"))
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_folder_goes_on(finetune, samples, tmp_path,
+                                                                 monkeypatch):
+    """Its state is there, so the folder is its own. Without the state nobody knows."""
+    out, words = tmp_path / "model", flags(samples, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_file", lambda *args, **settings: open("/dev/full/x"))
+        with pytest.raises(OSError, match=f"cannot write {out}"):
+            run(finetune, patch, *words)
+    assert (out / "config.json").exists() and not (out / "model.safetensors").exists()
+    with pytest.raises(ValueError, match="another lr"):
+        run(finetune, monkeypatch, *words, "--lr", 1e-4)
+    run(finetune, monkeypatch, *words)
+    with pytest.raises(ValueError, match="give a new folder"):
+        run(finetune, monkeypatch, *words)
+
+
+def test_the_weights_have_ordinary_permissions(finetune, tmp_path):
+    model, before = sample.Transformer.from_pretrained(sample.BUNDLED), os.umask(0o027)
+    try:
+        finetune.save(model, sample.BUNDLED, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert modes == {0o640}
 
 
 def test_the_bundled_model_is_the_default(finetune, samples, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ Both implementations run on the same weights in float64 and must give the very s
 
 import copy
 import functools
+import io
 import json
 import sys
 import threading
@@ -586,6 +587,30 @@ def test_a_deep_copy_is_a_model_of_its_own(method):
         caprese.detach(twin)
         assert torch.equal(answer(twin, tokens, NEW), answer(model, tokens, NEW))
     assert_untouched(twin)
+
+
+@pytest.mark.parametrize("method", ["griffin", "cats"])
+def test_a_used_model_can_be_written_by_torch_save(method):
+    """Whole, as torch.save(model, file) does; what is read answers as before."""
+    model = tiny.fill(caprese.attach(family("llama"), method, 0.4, "all", 4))
+    tokens = torch.arange(3, 14)[None]
+    expected = generate(model, tokens)
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    read = torch.load(written, weights_only=False)
+    assert torch.equal(generate(read, tokens), expected)
+    assert torch.equal(generate(model, tokens), expected)
+
+
+def test_a_copy_does_not_go_on_with_the_cache_of_another_model():
+    model = caprese.attach(family("llama"), layers="all")
+    cache = transformers.DynamicCache(config=model.config)
+    model(torch.arange(3, 14)[None], past_key_values=cache)
+    twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="another prompt than this KV cache"):
+        twin(torch.tensor([[5]]), past_key_values=cache)
+    model(torch.tensor([[5]]), past_key_values=cache)  # its own goes on
 
 
 @pytest.mark.parametrize("method", [

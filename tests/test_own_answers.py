@@ -1,6 +1,7 @@
 """A training set of the model's own answers. Run: python -m pytest tests/test_own_answers.py"""
 
 import json
+import resource
 import sys
 from pathlib import Path
 
@@ -230,8 +231,6 @@ def test_an_interrupt_keeps_the_blocks_before(run, tmp_path, monkeypatch):
 def test_a_finished_run_says_so_and_does_nothing(run, tmp_path, monkeypatch):
     file = tmp_path / "own.jsonl"
     assert run("--out", file)[0] == 0
-    with open(file, "a") as opened:  # of its own bytes it knows; what follows is the user's
-        opened.write('{"question": "mine", "response": "keep"}\n')
     before = file.read_bytes(), about(file).read_text(), file.stat().st_mtime_ns
     monkeypatch.setattr(sample, "generate", None)
     code, out, err = run("--out", file)
@@ -319,6 +318,26 @@ def test_a_file_of_others_is_refused(content, run, tmp_path):
 def test_a_file_that_was_changed_is_refused(content, run, begun):
     begun.write_bytes(begun.read_bytes()[:-9] if content is None else content)
     assert "has been changed" in refused(run, begun)
+
+
+@pytest.mark.parametrize("more", [b"\n", b'{"question": "mine", "response": "keep"}\n'])
+def test_a_finished_file_to_which_a_line_was_added_is_refused(more, run, begun):
+    begun.write_bytes(begun.read_bytes() + more)
+    assert "has been changed" in refused(run, begun)
+
+
+@pytest.mark.parametrize("name", ["own.jsonl", "own.jsonl.about.json"])
+def test_a_file_that_cannot_be_written_is_named(name, run, tmp_path):
+    """As on a full disk: no file may become larger than 100 bytes, or 600 for the first one."""
+    file, limits = tmp_path / "own.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600 if name == file.name else 100, limits[1]))
+    try:
+        code, _, err = run("--out", file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    last = err.splitlines()[-1]
+    assert code == 2 and f"cannot write {tmp_path / name} (File too large)" in last
+    assert run("--out", file)[0] == 0 and len(read_rows(file)) == 7
 
 
 @pytest.mark.parametrize("content", ["", "no JSON", "[]", "{}", "null", '{"settings": 3}'])

@@ -300,15 +300,136 @@ def test_the_names_of_kept_files_tell_variants_apart(tmp_path, monkeypatch):
 
 
 def test_a_class_that_was_edited_is_another_variant(tmp_path, monkeypatch):
-    """A fork must never read the answers of the code before; the other rows stay."""
+    """A fork must never read the answers of the code before, be it its own or that of a base."""
     monkeypatch.syspath_prepend(tmp_path)
-    file = tmp_path / "edited_fork.py"
-    file.write_text("import caprese\n\n\nclass Fork(caprese.GRIFFIN):\n    pass\n")
+    base, fork = tmp_path / "edited_base.py", tmp_path / "edited_fork.py"
+    base.write_text("import caprese\n\n\nclass Base(caprese.GRIFFIN):\n    pass\n")
+    fork.write_text("import edited_base\n\n\nclass Fork(edited_base.Base):\n    pass\n")
     block = sample.import_block("edited_fork:Fork")
-    before = replace(GRIFFIN, method=block).file_name()
-    file.write_text(file.read_text() + "# edited\n")
-    after = replace(GRIFFIN, method=block).file_name()
-    assert before != after and before.startswith("edited_fork-Fork-")
+    variant = replace(GRIFFIN, method=block)
+    names = [variant.file_name()]
+    for file in (fork, base):
+        file.write_text(file.read_text() + "# edited\n")
+        assert variant.file_name() == names[-1]  # the running code is still the one before
+        common.source_digest.cache_clear()  # what another process would do
+        names.append(variant.file_name())
+    assert len(set(names)) == 3 and names[0].startswith("edited_fork-Fork-")
+    fork.unlink()
+    common.source_digest.cache_clear()
+    with pytest.raises(ValueError, match="source files of edited_fork:Fork"):
+        variant.file_name()
+
+
+@pytest.mark.parametrize("kind", ["griffin", "cats", "adapter"])
+def test_answers_of_an_edited_caprese_py_are_not_taken(tmp_path, stub, monkeypatch, kind):
+    """Also of a row of --adapter. The full model is none of our methods, so its answers stay."""
+    problems = data.problems("maths", 2, 5, evaluation=True)
+    file = tmp_path / "a.safetensors"
+    model = sample.load(None)[0]
+    caprese.save_adapter(tiny.fill(caprese.attach(model, rank=4)), file)
+    caprese.detach(model)
+
+    def reused():
+        found = make(tmp_path / "runs", "--adapter", str(file))
+        rows = common.variants(found.args, ())
+        variant = {"griffin": GRIFFIN, "cats": CATS, "adapter": rows[-1]}[kind]
+        counts = []
+        for each in (rows[0], variant):
+            before = found.reused
+            found.answers(each, "maths", problems)
+            counts.append(found.reused - before)
+        return counts
+
+    assert reused() == [0, 0] and reused() == [2, 2]
+    edited = tmp_path / "caprese.py"
+    edited.write_text(Path(caprese.__file__).read_text() + "# edited\n")
+    getsourcefile = common.inspect.getsourcefile
+    monkeypatch.setattr(common.inspect, "getsourcefile", lambda block: str(edited)
+                        if block.__module__ == "caprese" else getsourcefile(block))
+    common.source_digest.cache_clear()
+    assert reused() == [2, 0] and reused() == [2, 2]
+    common.source_digest.cache_clear()
+
+
+def test_the_hash_is_that_of_the_code_that_was_imported(monkeypatch):
+    """It is taken with the flags, before the model loads, for the built-in methods as well."""
+    common.source_digest.cache_clear()
+    settings("--block", "paper.oracle:OracleFF")
+    monkeypatch.setattr(common, "digest", lambda content: "later")
+    for block in (caprese.GRIFFIN, caprese.CATS, LoRAFF, OracleFF):
+        assert common.source_digest(block) != "later"
+
+
+@pytest.mark.parametrize("line", [
+    b"{}", b"[]", b"null", b"no JSON", b"\xff", b'{"problem": 0, "run": 0}', b"",
+    "without response", "without accuracy", "a problem that is text", "a score that is text"])
+def test_a_damaged_answer_is_named_by_file_and_line(tmp_path, stub, line):
+    problems = data.problems("maths", 2, 5, evaluation=True)
+    make(tmp_path).answers(GRIFFIN, "maths", problems)
+    file, = tmp_path.glob("*.jsonl")
+    first, second = file.read_bytes().splitlines(keepends=True)
+    answer = json.loads(second)
+    if isinstance(line, str):
+        if line.startswith("without "):
+            del answer[line.removeprefix("without ")]
+        else:
+            answer["problem" if "problem" in line else "accuracy"] = "0"
+        line = json.dumps(answer).encode()
+    file.write_bytes(first + line + b"\n")
+    for read in (lambda: make(tmp_path).answers(GRIFFIN, "maths", problems),
+                 lambda: recount.collect(tmp_path)):
+        with pytest.raises(ValueError, match="line 2 is not a kept answer; delete") as error:
+            read()
+        assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert file.read_bytes() == first + line + b"\n"
+    file.write_bytes(first)
+    make(tmp_path).answers(GRIFFIN, "maths", problems)
+    again = json.loads(file.read_bytes().splitlines()[-1])
+    assert again["response"] == json.loads(second)["response"]
+
+
+def test_recount_changes_no_file_that_it_reads(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text('{"question": "1 + 1", "answer": "2"}')
+    with pytest.raises(ValueError, match="no answers"):
+        recount.collect(tmp_path)
+    assert file.read_text() == '{"question": "1 + 1", "answer": "2"}'
+
+
+@pytest.mark.parametrize("content", [b"no gzip", b"\x1f\x8b", gzip.compress(b"{}\n"),
+                                     gzip.compress(b"[]\n"), gzip.compress(b"no JSON\n"),
+                                     gzip.compress(b"{}\n" * 99)[:-9], b"\x1f\x8b" + b"\x08" * 30])
+def test_a_damaged_file_of_answers_is_named(tmp_path, content):
+    file = tmp_path / "sums.jsonl.gz"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="sums.jsonl.gz is damaged .*; fetch it again") as error:
+        recount.count(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", "", "no JSON"])
+def test_a_damaged_settings_json_is_named(tmp_path, stub, content):
+    make(tmp_path)
+    file = tmp_path / "settings.json"
+    file.write_text(content)
+    with pytest.raises(ValueError) as error:
+        make(tmp_path)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert file.read_text() == content
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, stub):
+    """/dev/full takes no bytes."""
+    found = make(tmp_path)
+    name = f"maths-{GRIFFIN.file_name()}-batch-128-temperature-0.jsonl"
+    problems = data.problems("maths", 2, 5, evaluation=True)
+    found.answers(GRIFFIN, "maths", problems)
+    assert (tmp_path / name).exists()
+    with pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\)"):
+        common.write("/dev/full", b"text", "ab")
+    (tmp_path / "settings.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="cannot write .*settings.tmp"):
+        make(tmp_path)
 
 
 def test_settings_json_says_what_made_a_folder(tmp_path, stub):
@@ -386,7 +507,18 @@ def test_another_commit_is_said(tmp_path, stub, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(common, "commit", lambda: "abc1234")
     make(tmp_path)
-    assert "abc1234; if the method has changed, give another --out" in capsys.readouterr().err
+    assert "is abc1234; if more than the files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, said", [("abc-dirty", True), ("abc", False)])
+def test_files_that_differ_from_the_commit_are_said(tmp_path, stub, monkeypatch, capsys, name,
+                                                    said):
+    """Two states of a working tree have one name, so nobody can tell whether it has changed."""
+    monkeypatch.setattr(common, "commit", lambda: name)
+    make(tmp_path)
+    assert capsys.readouterr().err == ""
+    make(tmp_path)
+    assert ("note:" in capsys.readouterr().err) == said
 
 
 def test_a_learned_correction_is_read_again_and_the_same(tmp_path, stub, monkeypatch):
