@@ -767,7 +767,7 @@ def test_distill_and_answer(monkeypatch, tmp_path, capsys, rows_of_data):
     (["distill", "--model", "x", "--data", "y", "--layerwise", "sequential"], "our own model.py"),
     (["answer", "--model", "x", "--adapter", "missing.safetensors", "prompt"],
      "missing.safetensors does not exist"),
-    (["distill", "--model", str(FIXTURES), "--data", "y"], "config.json"),
+    (["distill", "--model", str(FIXTURES), "--data", "y"], "fixtures holds no readable model"),
 ])
 def test_wrong_commands_end_in_one_line(monkeypatch, arguments, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
