@@ -14,7 +14,7 @@ import shlex
 import signal
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -579,11 +579,16 @@ def settings_of(args, model, samples, unseen):
     return settings | {"model": caprese.fingerprint(model)}
 
 
+@cache
 def source_digest(block):
-    """A short hash of the files that a method's class and its bases stand in."""
-    files = {inspect.getsourcefile(base) for base in block.__mro__
-             if issubclass(base, caprese.SparseFF)}
-    content = b"".join(Path(file).read_bytes() for file in sorted(files))
+    """A short hash of the files that a method's class and its bases stand in, as first read."""
+    ours = [base for base in block.__mro__ if issubclass(base, caprese.SparseFF)]
+    try:
+        files = sorted({inspect.getsourcefile(base) for base in ours})
+        content = b"".join(Path(file).read_bytes() for file in files)
+    except (TypeError, OSError) as error:
+        raise ValueError(f"the source files of {caprese.method_name(block)} cannot be read: "
+                         f"{error}") from None
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -6,7 +6,6 @@ where the processor computes in it, beside a float32 copy that AdamW changes. Th
 on from where an interrupted run last wrote its state.
 """
 
-import argparse
 import hashlib
 import json
 import math

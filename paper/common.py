@@ -12,10 +12,8 @@ others may have changed, a note names the commit.
 """
 
 import argparse
-import functools
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import platform
@@ -100,7 +98,7 @@ def arguments(script, description, argv=None, **defaults):
     fill_defaults(args, DEFAULTS | defaults)
     check(args)
     for block in BLOCKS + args.block:
-        source_digest(block)  # of the code that was imported, before anybody edits its file
+        distill.source_digest(block)  # of the code that was imported, before anybody edits its file
     if args.plot:
         Path(args.plot).mkdir(parents=True, exist_ok=True)
     where = f"on {args.device}, {torch.get_num_threads()} CPU threads"
@@ -143,23 +141,6 @@ def check(args):
 def digest(content):
     """A short hash of bytes."""
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-@functools.cache
-def source_digest(block):
-    """A short hash of the source files of a class and of its bases, but for torch's own classes.
-
-    It is kept, so it stays that of the running code when a file is edited. Raises ValueError if
-    there is no source file.
-    """
-    ours = [base for base in block.__mro__
-            if base.__module__.split(".")[0] not in ("torch", "builtins")]
-    try:
-        files = [inspect.getsourcefile(base) or base.__module__ for base in ours]
-        return digest(b"".join(Path(file).read_bytes() for file in dict.fromkeys(files)))
-    except (TypeError, OSError) as error:
-        raise ValueError(f"the source files of {caprese.method_name(block)} cannot be read "
-                         f"({error}), so kept answers could not say what made them") from None
 
 
 def write(file, content, mode="wb"):
@@ -208,7 +189,7 @@ class Variant:
             if self.rank:
                 words += [f"rank {self.rank}", *self.stages]
         if self.method:
-            words.insert(1, source_digest(self.method))
+            words.insert(1, distill.source_digest(self.method))
         if self.reselect:
             words.append(f"rho {self.reselect}")
         return re.sub(r"[^\w.]+", "-", " ".join(word for word in words if word))
