@@ -10,8 +10,8 @@ is called as they are: x in, y out. What a call of the model means is its phase,
     full             the original FF (the default)
     count            the original FF; its tokens are counted for the selection
     decode           FF_sparse(x) + x L R by the last selection
-    teacher_forced   a mask says which tokens are generated: they are as in decode, by the selection
-                     of the other tokens of their row
+    teacher_forced   a mask says which tokens are generated. They are as in decode, the others as in
+                     full, and the others of a row (its prompt) select for it
 
 To change the method, write a subclass and hand it to attach, or to a script by --block
 module:Class. Change `statistic` and `merge` (what makes a neuron worth keeping), `sparsify` (what
@@ -63,7 +63,7 @@ class SparseFF(nn.Module):
     """
     row_state = ()       # names of the method's tensors that have an entry for each row of a batch
     gathers = False      # True: it may decode on gathered neurons, by `gather` and `fused`
-    sparse_matrices = 0  # of Wg, W1, W2: of how many a generated token needs kept neurons alone
+    sparse_matrices = 0  # how many of Wg, W1, W2 a generated token reads at kept neurons alone
 
     def __init__(self, mlp, density, rank, call):
         super().__init__()
@@ -204,7 +204,8 @@ class GRIFFIN(SparseFF):
     def statistic(self, x, gate, z, counted=None):
         """s over the tokens where counted [B, T] is True: z [B, T, F] -> [B, F].
 
-        Zbar_i = Z_i / |Z_i| for each token i, then s_j = |Zbar[:, j]| for each neuron j.
+        Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j.
+        s does not see signs, so |Z_i| is left as Z_i below.
         """
         z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 is too coarse for sums
         Zbar = F.normalize(z, dim=-1)                           # [B, T, F]
@@ -269,7 +270,10 @@ class GRIFFIN(SparseFF):
         return self.sparse(x, gate, z, self.kept)
 
     def gather(self, neurons):
-        """Copy the kept neurons [k] and the correction into [Wg_k], [W1_k | L], [W2_k ; R]."""
+        """Copy the kept neurons [k] and the correction into [Wg_k], [W1_k, L], [W2_k ; R].
+
+        All are transposed, [out, in], as F.linear reads them.
+        """
         D, dtype = self.gate_proj.in_features, self.gate_proj.weight.dtype
         k, r = len(neurons), self.L.shape[1]
         gate_k = self.buffer("gate_k", (k, D), dtype)
@@ -381,8 +385,9 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
         from beyond import in_transformers
         in_transformers.check(model, indices)
     hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
-    if not 0 <= rank <= hidden_size:
+    if type(rank) is not int or not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
+    # Does the class's compact path compute what its masked path does? See the end of this file.
     gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
     detach(model)
     call = Call()
@@ -402,6 +407,8 @@ def layer_indices(layers, num_layers, block):
         return block.default_layers(num_layers)
     if isinstance(layers, str) and layers == "all":
         return range(num_layers)
+    if isinstance(layers, int):
+        layers = [layers]
     known = set(layers) & set(range(num_layers))
     if not 0 < len(known) == len(layers):
         raise ValueError(f"layers are {layers}, but must be different numbers "

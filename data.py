@@ -57,7 +57,7 @@ FACTS = {  # a fact about a person: the question that asks for it, and its value
     "visits {}": ("What country does {} visit?", "Norway Chile Kenya Spain Japan Canada Peru"),
 }
 MAX_VALUE = 99
-SENTENCES = {
+SENTENCES = {  # of each operation; "/2" and "*2" have further ones for n = 2
     "+": ["{who} buys {n} more.", "{who} finds {n} {thing}.", "A friend gives {who} {n} {thing}.",
           "{other} has {n} more than {who}."],
     "-": ["{who} loses {n}.", "{who} gives away {n} {thing}.", "{who} sells {n} of them.",
@@ -212,7 +212,7 @@ def batch_indices(samples, batch_size, seed=None):
     """One epoch of batches: lists of indices, each index once, similar lengths together.
 
     Without a seed the batches go from short to long. With a seed they come in random order, and
-    neighbours by length have exchanged samples. So each seed gives other batches.
+    batches of neighbouring lengths have exchanged samples. So each seed gives other batches.
     """
     rng = random.Random(seed)
     order = list(range(len(samples)))

@@ -146,7 +146,7 @@ def unexplained(model, samples, micro_batch=16):
     return sum(fractions) / max(1, len(fractions))
 
 
-# ---- the losses that Adam minimises. Each is a sum over the response tokens, and runs backward
+# ---- the losses that Adam minimises, summed over the response tokens; *_backward run backward too
 
 def layerwise_backward(model, batch):
     """Equation (7), summed over the layers, which share no parameter. Returns the sum."""
@@ -233,6 +233,8 @@ def train_end_to_end(model, samples, lr=1e-4, epochs=3, batch_size=16, loss="mse
     gradient_checkpointing computes activations again in the backward pass, to save memory.
     """
     distance = {"mse": mse, "kl": partial(kl_divergence, model)}.get(loss, loss)
+    if not callable(distance):
+        raise ValueError(f"loss is {loss!r}, but it must be mse, kl or a function")
     recompute_activations(model, gradient_checkpointing)
     try:
         train(model, samples, partial(e2e_backward, distance=distance), "E2E", lr, epochs,
@@ -245,9 +247,9 @@ def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16
           checkpoint=None, save_every=20):
     """Adam on L and R, with the paper's linear schedule and 2% warm-up.
 
-    samples are those of data.encode_samples; micro_batch of them pass through the model at once.
-    checkpoint is a Checkpoint, which is read at the start and written every so many steps.
-    Raises ValueError if the loss or a gradient is not finite.
+    samples are [(prompt_ids, response_ids)], as data.encode_samples gives them; micro_batch of them
+    pass through the model at once. checkpoint is a Checkpoint, which is read at the start and
+    written every save_every steps. Raises ValueError if the loss or a gradient is not finite.
     """
     model.requires_grad_(False)
     learned = caprese.adapter_parameters(model)

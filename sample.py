@@ -23,7 +23,7 @@ from model import DTYPES, Transformer, resolve
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "tiny-math"
 HARD_SEED = 1  # of the problem that is answered without a prompt
-SHRINK = 0.75  # a batch drops its finished rows once at most so many of its rows are unfinished
+SHRINK = 0.75  # a batch drops its finished rows when at most this part of its rows is unfinished
 
 
 # ---- the next token
@@ -40,7 +40,7 @@ def distribution(logits, temperature=0.0, top_p=1.0):
     p = torch.softmax(logits.float() / temperature, dim=-1)
     if top_p < 1:
         descending, order = p.sort(dim=-1, descending=True)
-        # The tokens before such a one already suffice.
+        # Drop a token if those before it already add up to top_p.
         descending[descending.cumsum(dim=-1) - descending >= top_p] = 0
         p = torch.zeros_like(p).scatter(1, order, descending)
     return p / p.sum(dim=-1, keepdim=True)
@@ -214,6 +214,7 @@ def respond(model, tokenizer, questions, max_new_tokens=512, batch_size=128, **s
             print(f"note: question {i + 1} has {len(prompt)} tokens, which the context cannot "
                   f"hold, and gets no answer: {questions[i][:60]!r}", file=sys.stderr)
             yield i, "", 0
+    # batch_indices takes samples, which are lists of parts; here the prompt is the only part.
     for indices in data.batch_indices([[prompts[i]] for i in fitting], batch_size):
         batch = [fitting[index] for index in indices]
         tokens, lengths = data.pad([prompts[i] for i in batch], model.device)
@@ -538,7 +539,7 @@ def arguments():
     add("prompt", nargs="?", help="default: a hard problem, which the bundled model answers 3 ways")
     add("--density", type=float, help="kept neurons, in (0, 1] (default: the adapter's, or 0.5)")
     add("--adapter", help="file written by distill.py")
-    add("--compare", action="store_true", help="answer by full, sparse and sparse + Caprese")
+    add("--compare", action="store_true", help="answer by full, sparse and, if learned, Caprese")
     add("--reselect", type=positive, help="rho: reselect every so many tokens (default: never)")
     add("-n", type=positive, default=1, help="samples of each prompt (default: %(default)s)")
     add("--temperature", type=float, help="default: 0, or the paper's 0.6 with -n above 1")
@@ -557,9 +558,9 @@ def arguments():
         if args.model:
             raise ValueError("give a prompt: only the bundled model has a problem of its own")
         args.compare = True
-        bundled_adapter = BUNDLED / f"{args.method or 'griffin'}.safetensors"
-        if not args.adapter and bundled_adapter.exists():
-            args.adapter = bundled_adapter
+    bundled_adapter = BUNDLED / f"{args.method or 'griffin'}.safetensors"
+    if args.compare and not (args.model or args.adapter) and bundled_adapter.exists():
+        args.adapter = bundled_adapter
     if args.reselect and not (args.compare or args.method or args.density or args.adapter):
         raise ValueError("--reselect is for a sparse model: give --method, --density or --adapter")
     return args

@@ -78,13 +78,6 @@ class LoRAFF(caprese.GRIFFIN):
         z = self.sparsify(x, gate, z, kept)
         return self.down_proj(z) + low_rank(z, self.down_A, self.down_B)
 
-    def teacher_forced(self, x, generated):
-        """FF(x), but sparse() where generated [B, T] is True: [B, T, D] -> [B, T, D]."""
-        gate, z = self.neurons(x)
-        kept = self.selection(x, gate, z, ~generated)
-        sparse = self.sparse(x, gate, z, kept)
-        return torch.where(generated[..., None], sparse, self.down_proj(z))
-
     @torch.no_grad()
     def gather(self, neurons):
         """Copy the kept neurons [k] of the matrices, and their part of the factors.
