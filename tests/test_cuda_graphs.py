@@ -222,7 +222,9 @@ def test_in_all_else_it_is_the_transformer(graphed, device):
 
 @pytest.mark.parametrize("reselect", [None, 3])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", tiny.VARIANTS)
+@pytest.mark.parametrize("family", [
+    family if family in ("mistral", "gemma2") else pytest.param(family, marks=pytest.mark.slow)
+    for family in tiny.VARIANTS])
 def test_graphs_generate_the_same_tokens(family, method, reselect, graphed, device):
     """Alone, in a ragged batch, several samples; the second prompt on the memory of the first."""
     model = attach(tiny.model(device=device, **tiny.VARIANTS[family]), method)

@@ -845,7 +845,9 @@ def flags_of_runs(tmp_path):
             "model": (*model, problem_file(tmp_path / "problems.jsonl"))}
 
 
-@pytest.mark.parametrize("name", ["cats", "all", "indices", "density", "model"])
+@pytest.mark.parametrize("name", [
+    "model", *(pytest.param(name, marks=pytest.mark.slow)
+               for name in ("cats", "all", "indices", "density"))])
 def test_the_command_printed_at_the_end_runs_as_it_stands(tmp_path, command, name, monkeypatch,
                                                           capsys):
     out = tmp_path / "an adapter.safetensors"

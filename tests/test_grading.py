@@ -66,7 +66,6 @@ RIGHT = {  # responses, and the answer that they give
         (r"\boxed{\text{Evelyn}}", "Evelyn"), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
         (r"\boxed{\dfrac{\pi}{2}}", r"\frac{\pi}{2}"), (r"\boxed{x^{2}+1}", "x^2 + 1"),
         (r"$\boxed{\left( 3, \frac{\pi}{2} \right)}$", r"(3,\frac{\pi}{2})"),
-        (r"\boxed{\begin{pmatrix} -1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}-1\\2\end{pmatrix}"),
         (r"\boxed{p - q}", "p-q"), (r"\boxed{\{1, 2\}}", r"\{1,2\}"),
     ],
 }
@@ -194,6 +193,7 @@ REPORTED = {  # what public reports of other graders name, and more of the same 
         (r"\boxed{[0,0.5]}", r"[0,\frac{1}{2}]"),
         (r"\boxed{(3, \pi/2)}", r"\left( 3, \frac{\pi}{2} \right)"),
         (r"\boxed{(1/2, 3)}", "(0.5, 3)"),
+        (r"\boxed{\begin{pmatrix} -1 \\ 2 \end{pmatrix}}", r"\begin{pmatrix}-1\\2\end{pmatrix}"),
         (r"\boxed{\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}}",
          r"\begin{pmatrix} \frac{1}{2} \\ 3 \end{pmatrix}"),
         (r"\boxed{\begin{bmatrix} 1 \\ 3 \end{bmatrix}}", r"\begin{pmatrix} 1 \\ 3 \end{pmatrix}"),

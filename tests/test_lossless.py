@@ -56,7 +56,8 @@ def test_greedy_output_is_the_full_models(family, method, layers, rank):
             assert counts["accepted"] < counts["drafted"]
 
 
-@pytest.mark.parametrize("length", [1, 5, 100, 126, 127])
+@pytest.mark.parametrize("length", [
+    1, pytest.param(5, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.slow), 126, 127])
 def test_prompts_of_any_length_up_to_the_end_of_the_context(length):
     model = full_model()
     prompt = tiny.tokens(1, length)

@@ -742,7 +742,9 @@ FEWER = {  # constants of a script, and what stands in for them here
 }
 
 
-@pytest.mark.parametrize("name", COLUMNS)
+@pytest.mark.parametrize("name", [
+    name if name in ("table1_accuracy", "table3_reselection", "figure2_residual")
+    else pytest.param(name, marks=pytest.mark.slow) for name in COLUMNS])
 def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch, capsys):
     script = importlib.import_module(f"paper.{name}")
     if name == "in_transformers":

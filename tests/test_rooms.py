@@ -34,6 +34,7 @@ def run(folder, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_core_learns_and_answers_alone(alone):
     out = run(alone, "distill.py", "--json", "--samples", "100", "--eval-samples", "20",
               "--device", "cpu")

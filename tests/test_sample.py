@@ -382,7 +382,9 @@ def test_several_samples_have_no_mark(run):
     assert code == 0 and "^" not in err and len(json.loads(out)["rows"]) == 3
 
 
-@pytest.mark.parametrize("redirect, code", [(">&-", 0), ("2>&-", 0), ("| head -c 1", 0)])
+@pytest.mark.parametrize("redirect, code", [
+    (">&-", 0), pytest.param("2>&-", 0, marks=pytest.mark.slow),
+    pytest.param("| head -c 1", 0, marks=pytest.mark.slow)])
 def test_a_closed_output_is_no_crash(redirect, code):
     command = f"{sys.executable} sample.py hi --max-new-tokens 4 --device cpu {redirect}"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
