@@ -87,6 +87,7 @@ def flags(samples, out):
             "--out", out, "--batch-size", 3, "--micro-batch", 2, "--lr", 1e-3, "--save-every", 1]
 
 
+@pytest.mark.slow
 def test_the_folder_is_a_model_that_has_learned(finetune, samples, tmp_path, monkeypatch, capsys):
     out = tmp_path / "model"
     run(finetune, monkeypatch, *flags(samples, out), "--epochs", 6)
@@ -224,6 +225,7 @@ def test_the_weights_have_ordinary_permissions(finetune, tmp_path):
     assert modes == {0o640}
 
 
+@pytest.mark.slow
 def test_the_bundled_model_is_the_default(finetune, samples, tmp_path, monkeypatch):
     for name, words in (("default", flags(samples, tmp_path / "default")[2:]),
                         ("named", flags(samples, tmp_path / "named"))):

@@ -429,6 +429,7 @@ def make_checkpoint(folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
                     reason="peak memory is read from /proc (Linux)")
 def test_peak_memory(tmp_path):

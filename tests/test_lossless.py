@@ -34,8 +34,8 @@ def sparse(model, method="griffin", layers=None, rank=4):
     return tiny.fill(caprese.attach(model, method, 0.3, layers, rank))
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("layers", [None, "all"])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("layers", [pytest.param(None, marks=pytest.mark.slow), "all"])
 @pytest.mark.parametrize("method", ["griffin", "cats"])
 @pytest.mark.parametrize("family", [
     family if family in ("llama", "gemma2") else pytest.param(family, marks=pytest.mark.slow)
@@ -256,6 +256,7 @@ def test_the_model_stays_full_where_a_consumer_breaks_off():
     assert torch.equal(model(tokens), expected)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_only_ties_differ():
     """A pass over several tokens rounds otherwise than a step, so the best two may change places.
 

@@ -208,6 +208,7 @@ def test_it_resumes_to_the_same_bytes_whenever_it_is_killed(run, tmp_path, monke
         assert file.read_bytes() == expected and about(file).read_text() == end
 
 
+@pytest.mark.slow
 def test_an_interrupt_keeps_the_blocks_before(run, tmp_path, monkeypatch):
     whole, file = tmp_path / "whole.jsonl", tmp_path / "own.jsonl"
     assert run(*SETTINGS, "--out", whole)[0] == 0
