@@ -272,6 +272,13 @@ def positive(text):
     return int(text)
 
 
+def whole_number(text):
+    """A number that torch takes as a seed; argparse reports anything else."""
+    if not -2 ** 63 <= int(text) < 2 ** 63:
+        raise argparse.ArgumentTypeError(f"{text} does not fit into 64 bits")
+    return int(text)
+
+
 def common_arguments(parser):
     """Add the flags that every script takes; returns the parser."""
     add = parser.add_argument
@@ -279,7 +286,7 @@ def common_arguments(parser):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: the checkpoint's own, or what this CPU does best")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number, default=0)
     add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     return parser
 
@@ -412,6 +419,12 @@ def run_command(main):
         sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower():
+            raise
+        print("error: out of memory; take fewer or smaller batches, samples or tokens",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted {interrupt}", file=sys.stderr)

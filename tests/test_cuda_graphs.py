@@ -459,19 +459,37 @@ def test_a_step_is_captured_on_the_models_device(monkeypatch, index):
 # ---- tests/gpu_check.py
 
 @pytest.mark.slow
-def test_the_gpu_check_reports_failures_and_goes_on(tmp_path):
-    """On a CPU, where a step is never captured; a card that is not there is one part's error."""
+def test_the_gpu_check_runs_on_a_cpu(tmp_path):
+    """There a step is never captured. A card that is not there is one line, before any part."""
     script, file = Path(__file__).with_name("gpu_check.py"), tmp_path / "found.json"
     flags = ["--parts", "environment", "capture", "--out", str(file)]
-    for device, failing in (("cpu", False), ("cuda:99", True)):
-        done = subprocess.run([sys.executable, str(script), "--device", device, *flags],
-                              capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        results = json.loads(done.stdout)
-        assert results == json.loads(file.read_text()) and list(results) == flags[1:3]
-        assert ("error" in results["environment"]["result"]) == failing
-        capture = results["capture"]["result"]
-        assert capture["compared"] == 25 and len(capture["failures"]) == (25 if failing else 0)
+    done = subprocess.run([sys.executable, str(script), "--device", "cpu", *flags],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results == json.loads(file.read_text()) and list(results) == flags[1:3]
+    pairs = len(tiny.VARIANTS) * len(METHODS)
+    assert results["capture"]["result"] == {"compared": pairs, "failures": []}
+    done = subprocess.run([sys.executable, str(script), "--device", "cuda:99", *flags],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_the_gpu_check_reports_failures_and_goes_on(monkeypatch, capsys):
+    import gpu_check
+
+    def broken(args):
+        """A part that fails."""
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_check, "PARTS", (broken, gpu_check.environment))
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu"])
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    results = json.loads(capsys.readouterr().out)
+    assert end.value.code == 1 and list(results) == ["broken", "environment"]
+    assert results["broken"]["result"]["error"] == "RuntimeError: no kernel image"
+    assert "torch" in results["environment"]["result"]
 
 
 @pytest.mark.slow

@@ -330,6 +330,9 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
     (["x", "--block", "caprese:Call"], "not a subclass"),
     (["x", "--reselect", "4"], "--reselect"),
     (["x", "--reselect", "0"], "at least 1"),
+    (["x", "--seed", "9" * 23], "64 bits"),
+    (["x", "--seed", "one"], "--seed"),
+    (["x", "-n", "9" * 13], "out of memory"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(args, words, run):
     code, _, err = run(*args)
