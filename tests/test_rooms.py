@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("model", "caprese", "data", "sample", "distill", "bench")
-CORE_TESTS = ("model", "loading", "families", "caprese", "decode", "data", "sample", "bench")
+CORE_TESTS = ("loading", "caprese", "decode", "data", "sample")  # what may miss another room
 
 
 @pytest.fixture(scope="module")
