@@ -1,7 +1,7 @@
 """Fine-tune all weights of a model on JSONL samples: python models/finetune.py --model FOLDER ...
 
 Next-token training on the responses, one stop id at the end of each. `#### N` becomes \\boxed{N}
-and the question asks for the box, as the evaluation of a --model does. The weights are bfloat16
+and a maths question asks for the box, as the evaluation of a --model does. The weights are bfloat16
 where the processor computes in it, beside a float32 copy that AdamW changes. The same command goes
 on from where an interrupted run last wrote its state.
 """
@@ -47,7 +47,8 @@ def read_samples(args, tokenizer):
             if words(problem.question) in excluded:
                 print(f"left out, as an evaluation has it: {problem.question}")
                 continue
-            problem.question += "\n" + data.BOXED["maths"]
+            if problem.kind == "maths":
+                problem.question += "\n" + data.BOXED["maths"]
             problem.response = re.sub(r"#### *(.*)", r"\\boxed{\1}", problem.response)
             problems.append(problem)
     stop = [tokenizer.stop_ids[0]]

@@ -2,7 +2,8 @@
 
 What models/finetune.py takes beside GSM8K: problems of one to three steps in everyday words, and
 the running-number problems of data.py. With --held-out the file holds the latter alone, as
-evaluation problems, which no training file of this script or of data.py contains.
+evaluation problems, which no training file of this script or of data.py contains. --reading adds
+questions on the passages of data.py, in the words of a chat.
 """
 
 import argparse
@@ -165,19 +166,33 @@ def make_story(rng):
                     "answer": "\n".join(lines) + f"\n#### {result}"}
 
 
+def make_reading(count, seed, held_out):
+    """`count` different questions on passages of 14 to 16 facts, as one asks a chat model."""
+    rng, rows = random.Random(f"reading {seed}"), {}
+    while len(rows) < count:
+        passage, questions = data.make_passage(rng, rng.randint(5, 8), rng.randint(14, 16))
+        asked, response, answer = rng.choice(questions)
+        text = f"Text: {passage}\n\nQuestion: {asked}\n\nAnswer the question in one short sentence."
+        if data.held_out(text) == held_out:
+            rows[text] = {"question": text, "answer": answer, "kind": "passage",
+                          "response": response.partition(" ####")[0]}
+    return list(rows.values())
+
+
 def make_rows(args):
     """The rows of the file, in random order."""
-    running = []
+    rows = []
     for problem in data.problems("maths", args.running, args.seed, evaluation=args.held_out):
-        running.append({"question": problem.question, "answer": problem.response,
-                        "level": problem.level})
+        rows.append({"question": problem.question, "answer": problem.response,
+                     "level": problem.level})
+    rows += make_reading(args.reading, args.seed, args.held_out)
     if args.held_out:
-        return running
+        return rows
     rng, stories = random.Random(f"stories {args.seed}"), {}
     while len(stories) < args.stories:
         row = make_story(rng)
         stories[row["question"]] = row
-    rows = running + list(stories.values())
+    rows += stories.values()
     rng.shuffle(rows)
     return rows
 
@@ -188,6 +203,7 @@ def main():
     add("--out", required=True, help="JSONL file to write")
     add("--stories", type=int, default=4000, help="everyday problems (default: %(default)s)")
     add("--running", type=int, default=1500, help="data.py's (default: %(default)s)")
+    add("--reading", type=int, default=0, help="questions on passages (default: %(default)s)")
     add("--held-out", action="store_true", help="data.py's evaluation problems alone")
     add("--seed", type=int, default=0)
     args = parser.parse_args()

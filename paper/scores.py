@@ -12,7 +12,7 @@ try:
 except ImportError:
     from data import correct, final_answer
 
-SCORES = ("accuracy", "f1", "rouge1", "rouge2", "rougeL")
+SCORES = ("accuracy", "contains", "f1", "rouge1", "rouge2", "rougeL")
 
 
 # ---- one answer
@@ -23,17 +23,29 @@ def right_or_wrong(problem):
 
 
 def scores(problem, response):
-    """{score: value in [0, 1]} of a response: accuracy, F1 or ROUGE by the problem's kind."""
+    """{score: value in [0, 1]} of a response, which ones by the problem's kind."""
     if problem.kind == "summary":
         return rouge(response.split("###")[0], problem.answer)  # a base model writes the next one
     if problem.kind == "passage":
-        return {"f1": f1(final_answer(response) or response, problem.answer)}
+        return {"contains": float(contains(response, problem.answer)),
+                "f1": f1(final_answer(response) or response, problem.answer)}
     return {"accuracy": float(correct(response, problem.answer))}
 
 
 def words(text):
     """Lower-case words and numbers, without punctuation."""
     return re.findall(r"\w+", text.lower())
+
+
+def content_words(text):
+    """The words of a text without articles, as SQuAD compares them."""
+    return [word for word in words(text) if word not in ("a", "an", "the")]
+
+
+def contains(text, reference):
+    """Do the words of the reference stand side by side in a text? Articles do not count."""
+    asked, found = (" ".join(content_words(t)) for t in (reference, text))
+    return f" {asked} " in f" {found} "
 
 
 def f_measure(a, b):
@@ -44,9 +56,7 @@ def f_measure(a, b):
 
 def f1(text, reference):
     """SQuAD's F1 in [0, 1]: the words that an answer and its reference share, without articles."""
-    articles = {"a", "an", "the"}
-    counts = [Counter(w for w in words(t) if w not in articles) for t in (text, reference)]
-    return f_measure(*counts)
+    return f_measure(Counter(content_words(text)), Counter(content_words(reference)))
 
 
 def rouge(text, reference):

@@ -74,6 +74,20 @@ def test_no_held_out_problem_is_in_a_training_file(word_problems, tmp_path, monk
     assert len(running) == 30 and not any(data.held_out(p.question) for p in running)
 
 
+def test_questions_on_passages_name_what_their_passage_says(word_problems, tmp_path, monkeypatch):
+    files = tmp_path / "train.jsonl", tmp_path / "held_out.jsonl"
+    flags = "--running", 0, "--stories", 0, "--reading", 30
+    run(word_problems, monkeypatch, "--out", files[0], *flags)
+    run(word_problems, monkeypatch, "--out", files[1], *flags, "--held-out")
+    train, held_out = (data.read_problems(file) for file in files)
+    assert len(train) == len(held_out) == 30
+    assert not {p.question for p in train} & {p.question for p in held_out}
+    for problem in train + held_out:
+        assert problem.kind == "passage" and problem.answer in problem.response
+        passage, _, rest = problem.question.partition("\n\nQuestion: ")
+        assert problem.answer in passage and problem.answer not in rest
+
+
 # ---- fine-tuning
 
 @pytest.fixture
@@ -261,3 +275,15 @@ def test_evaluation_problems_are_left_out(finetune, samples, tmp_path, capsys):
     assert len(found) == 7 and "3 + 1?" in capsys.readouterr().out
     assert all(response[-1] == tokenizer.stop_ids[0] for _, response in found)
     assert "\\boxed{1}" in tokenizer.decode(found[0][1])
+
+
+def test_only_maths_asks_for_the_box(finetune, tmp_path):
+    rows = [{"question": "Text: Tom lives in Paris.\n\nWhere?", "answer": "Paris", "kind": "passage",
+             "response": "Tom lives in Paris."}, {"question": "3 + 1?", "answer": "4\n#### 4"}]
+    file = write(tmp_path / "both.jsonl", rows)
+    args = SimpleNamespace(data=[file], samples=None, exclude=[], max_tokens=512)
+    tokenizer = data.Tokenizer(sample.BUNDLED)
+    passage, maths = (tokenizer.decode(prompt) for prompt, _ in
+                      finetune.read_samples(args, tokenizer))
+    assert "boxed" not in passage and "step by step" not in passage
+    assert data.BOXED["maths"] in maths and data.INSTRUCTION in maths

@@ -93,8 +93,9 @@ def test_each_kind_of_problem_has_its_score():
     article = data.Problem("q", "", "a b", "summary")
     assert scores.scores(maths, "#### 2") == {"accuracy": 1.0}
     assert scores.scores(maths, "#### 3") == {"accuracy": 0.0}
-    assert scores.scores(passage, "black cat") == {"f1": 1.0}
-    assert scores.scores(passage, "I looked. The answer is black cat.") == {"f1": 1.0}
+    assert scores.scores(passage, "black cat") == {"contains": 1.0, "f1": 1.0}
+    assert scores.scores(passage, "I looked. The answer is black cat.") == {"contains": 1, "f1": 1}
+    assert scores.scores(passage, "black catfish, cat")["contains"] == 0
     # a base model goes on with the next article, which counts for nothing
     assert scores.scores(article, "a b\n### c")["rougeL"] == 1
 
