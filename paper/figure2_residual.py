@@ -16,7 +16,8 @@ import caprese
 import data
 import distill
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.oracle import OracleFF
 
 METHODS = {"oracle top-k": OracleFF, "GRIFFIN": "griffin", "CATS": "cats"}
@@ -72,7 +73,7 @@ def errors(seen, unseen, ranks):
 def main(argv=None):
     """A row for each method and density."""
     args = common.arguments("paper.figure2_residual", __doc__, argv)
-    experiment = common.Experiment(args, problems=False, samples=True)
+    experiment = Experiment(args, problems=False, samples=True)
     samples = experiment.samples if args.full else experiment.samples[::3]
     unseen = samples[::5]
     seen = [one for i, one in enumerate(samples) if i % 5]
@@ -84,7 +85,7 @@ def main(argv=None):
             layers = [errors(on_seen[i], on_unseen[i], ranks) for i in on_seen]
             means = {key: statistics.fmean(layer[key] for layer in layers) for key in layers[0]}
             rows.append({"method": name, "density": density} | means)
-    return common.show(args, rows, draw, experiment=experiment)
+    return report.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
@@ -97,7 +98,7 @@ def draw(figure, rows):
                                        ("L R rank", "#a63603", "-.")):
             columns = [column for column in rows[0] if column.startswith(kind)]
             for column, alpha in zip(columns, (0.4, 0.7, 1.0)[-len(columns):]):
-                common.draw_line(axes, chosen, "density", column, column, color, alpha=alpha,
+                report.draw_line(axes, chosen, "density", column, column, color, alpha=alpha,
                                  linestyle=linestyle)
         axes.set(title=name, xlabel="density, kept / all")
     panels[0].set_ylabel("relative error of the FF output")

@@ -10,7 +10,8 @@ import statistics
 
 import bench
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.scores import standard_error
 
 SIZES = (1, 2, 5, 10, 20, 50, 100)  # K
@@ -28,7 +29,7 @@ def main(argv=None):
     """A row for each variant and each K; the error is that of the mean over the problems."""
     args = common.arguments("paper.figure3_coverage", __doc__, argv,
                             limit=(30, 140), runs=(20, 100), temperature=(0.6, 0.6))
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     name, problems = experiment.graded()
     full = bench.active_parameters(experiment.prepare(common.Variant("full")))
     rows = []
@@ -42,15 +43,15 @@ def main(argv=None):
             rows.append({"method": variant.name, "set": name, "K": k, "compute": k * active,
                          "coverage %": 100 * statistics.fmean(covered),
                          "coverage ±": 100 * standard_error(covered)})
-    return common.show(args, rows, draw, experiment=experiment)
+    return report.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
     """Coverage against relative compute: a line for each variant."""
     axes = figure.subplots()
-    for method, color in common.colors(rows).items():
+    for method, color in report.colors(rows).items():
         chosen = [row for row in rows if row["method"] == method]
-        common.draw_line(axes, chosen, "compute", "coverage %", method, color,
+        report.draw_line(axes, chosen, "compute", "coverage %", method, color,
                          linestyle="--" if method == "full" else "-")
     sizes = sorted({row["K"] for row in rows})
     axes.set(xlabel="K times the active fraction of the parameters", xscale="log",

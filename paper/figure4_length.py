@@ -9,7 +9,8 @@ The bundled model's answers have a fixed form, so their lengths hardly move.
 import statistics
 
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 
 PAPER = {"mean response length against the full model's": [
     {"method": "Caprese", "length": "up to 8.5% shorter"},
@@ -20,7 +21,7 @@ PAPER = {"mean response length against the full model's": [
 def main(argv=None):
     """A row for each variant: its mean length in tokens over all problems and for each level."""
     args = common.arguments("paper.figure4_length", __doc__, argv)
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     name, problems = experiment.graded()
     levels = sorted({problem.level for problem in problems}, key=str)
     rows = []
@@ -35,17 +36,17 @@ def main(argv=None):
         rows.append({"method": variant.name, "set": name, "tokens": mean,
                      "against full": mean / full, "ended %": ended}
                     | {f"level {level}": statistics.fmean(lengths[level]) for level in levels})
-    return common.show(args, rows, draw, PAPER, experiment)
+    return report.show(args, rows, draw, PAPER, experiment)
 
 
 def draw(figure, rows):
     """Length over the full model's against difficulty: a line for each variant."""
     axes = figure.subplots()
     levels = [key for key in rows[0] if key.startswith("level ")]
-    for row, color in zip(rows, common.colors(rows).values()):
+    for row, color in zip(rows, report.colors(rows).values()):
         points = [{"level": key.removeprefix("level "), "ratio": row[key] / rows[0][key]}
                   for key in levels]
-        common.draw_line(axes, points, "level", "ratio", row["method"], color)
+        report.draw_line(axes, points, "level", "ratio", row["method"], color)
     axes.set(xlabel="difficulty", ylabel="mean response length over the full model's")
 
 

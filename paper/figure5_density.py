@@ -8,7 +8,8 @@ sparsity costs most, and that a larger rank adds little. Here the ranks are r/2,
 from dataclasses import replace
 
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.scores import summary
 
 DENSITIES = (0.2, 0.4, 0.6, 0.8)
@@ -17,7 +18,7 @@ DENSITIES = (0.2, 0.4, 0.6, 0.8)
 def main(argv=None):
     """The full model, then a row for each density and rank; rank 0 is the sparse method alone."""
     args = common.arguments("paper.figure5_density", __doc__, argv)
-    experiment = common.Experiment(args, samples=True)
+    experiment = Experiment(args, samples=True)
     name, problems = experiment.graded()
     stages = common.stages(args) if args.full else common.stages(args)[:1]
     alone = common.sparse(args, (args.method or args.block or ["griffin"])[0])
@@ -31,7 +32,7 @@ def main(argv=None):
         row = {"method": variant.name, "set": name, "density": variant.density,
                "rank": variant.rank}
         rows.append(row | summary(experiment.answers(variant, name, problems)))
-    return common.show(args, rows, draw, experiment=experiment)
+    return report.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
@@ -43,7 +44,7 @@ def draw(figure, rows):
     for rank, color in zip(dict.fromkeys(row["rank"] for row in rows), shades):
         chosen = [row for row in rows if row["rank"] == rank]
         label = f"{rows[0]['method']} + L R, r = {rank}" if rank else rows[0]["method"]
-        common.draw_line(axes, chosen, "density", "accuracy %", label, color)
+        report.draw_line(axes, chosen, "density", "accuracy %", label, color)
     axes.set(xlabel="density, kept / all", ylabel="accuracy %", ylim=(0, 100))
 
 

@@ -11,7 +11,7 @@ import bench
 import caprese
 import sample
 from model import Config, Transformer
-from paper import common
+from paper import common, report
 
 PAPER = {"r = 256": [{"models": "theirs", "percent of all": "0.8 to 1.3",
                       "percent of the FF": "1.2 to 2"}]}
@@ -32,7 +32,7 @@ def main(argv=None):
         rows.append({"model": name, "parameters (M)": total / 1e6, "D": config["hidden_size"],
                      "rank": args.rank, "first half %": half, "all layers %": everywhere,
                      "all layers, % of the FF": everywhere * total / ff})
-    return common.show(args, rows, draw, PAPER, title=f"r = {args.rank}")
+    return report.show(args, rows, draw, PAPER, title=f"r = {args.rank}")
 
 
 def draw(figure, rows):

@@ -14,7 +14,8 @@ import caprese
 import data
 import distill
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1)  # of the rank, where the table shows singular values
 
@@ -46,7 +47,7 @@ def main(argv=None):
     if not common.trainable(args) and not args.adapter:
         raise common.CannotRun("there is no L R to look at: give --adapter or --train FILE, or no "
                                "--model")
-    experiment = common.Experiment(args, problems=False)
+    experiment = Experiment(args, problems=False)
     rows, spectra = [], {}
     for variant in common.variants(args, ("griffin", "cats")):
         layers = caprese.sparse_layers(experiment.prepare(variant))
@@ -65,7 +66,7 @@ def main(argv=None):
                 row[f"at {fraction}r"] = spectra[variant.name, i][index]
             rows.append(row | {"ranks for 90%": int((energy < 0.9).sum()) + 1,
                                "unexplained": unexplained[i]})
-    return common.show(args, rows, partial(draw, spectra), experiment=experiment)
+    return report.show(args, rows, partial(draw, spectra), experiment=experiment)
 
 
 def draw(spectra, figure, rows):

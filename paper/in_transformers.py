@@ -13,7 +13,8 @@ import torch
 import caprese
 import sample
 from model import read_json, resolve
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.scores import correct, ratio, standard_error
 
 
@@ -37,7 +38,7 @@ def main(argv=None):
         from beyond import in_transformers, peers
     except ImportError as error:
         raise common.CannotRun(f"this measures beyond/in_transformers.py ({error})") from None
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     stop_ids, limit = experiment.tokenizer.stop_ids, args.max_new_tokens
     folder = resolve(args.model or sample.BUNDLED)
     peer = peers.make_peer(experiment.model, read_json(folder / "config.json"))
@@ -65,7 +66,7 @@ def main(argv=None):
                     f"{prefix}ms per token": ms, f"{prefix}ms per token ±": error}
         equal = sum(one == other for one, other in zip(*answers))
         rows.append(row | {"equal answers %": 100 * equal / len(problems)})
-    return common.show(args, rows, draw, experiment=experiment)
+    return report.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
@@ -76,7 +77,7 @@ def draw(figure, rows):
                                      ("transformers ", "generate() of transformers", 0.2)):
             values = [row[prefix + column] for row in rows]
             axes.barh([i + shift for i in range(len(rows))], values, 0.4, label=label, capsize=2,
-                      xerr=common.errors(rows, prefix + column))
+                      xerr=report.errors(rows, prefix + column))
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.set_xlabel(column)
     panels[0].invert_yaxis()

@@ -11,7 +11,8 @@ from collections import Counter
 
 import bench
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.scores import correct, ratio, standard_error
 
 PASSES = (2, 4, 8, 16)
@@ -24,7 +25,7 @@ def main(argv=None):
         from beyond import lossless
     except ImportError as error:
         raise common.CannotRun(f"this measures beyond/lossless.py ({error})") from None
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     name, problems = experiment.graded()
     rows, expected = [], None
     for variant in common.variants(args, ("griffin", "griffin-all"), each_stage=False):
@@ -52,13 +53,13 @@ def main(argv=None):
                          "accuracy ±": 100 * standard_error(right),
                          "equal %": 100 * statistics.fmean(equal), **ratios,
                          "ms per token": ms, "ms per token ±": error})
-    return common.show(args, rows, draw, experiment=experiment)
+    return report.show(args, rows, draw, experiment=experiment)
 
 
 def draw(figure, rows):
     """Accuracy against bytes: lossy answers are dots, verified ones crosses with their n."""
     axes = figure.subplots()
-    for method, color in common.colors(rows).items():
+    for method, color in report.colors(rows).items():
         for row in rows:
             if row["method"] != method or method == "full":
                 continue

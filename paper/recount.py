@@ -15,7 +15,8 @@ from pathlib import Path
 import data
 import sample
 from paper import scores
-from paper.common import read_answers, write
+from paper.experiment import read_answers
+from paper.report import write
 
 FOLDER = Path(__file__).resolve().parent / "answers"
 NEEDED = {"variant", "question", "answer", "response", "tokens"}  # of those of earlier versions too
@@ -53,13 +54,12 @@ def collect(runs):
 
 
 def score(answer):
-    """What a kept answer earns, in [0, 1]: right or wrong, F1, or the ROUGE-1 that was kept."""
+    """What a kept answer earns, in [0, 1]: the first of its scores, or the ROUGE-1 that was kept."""
     if "rouge1" in answer:
         return answer["rouge1"]
     kind = answer.get("kind", "maths")  # which answers of earlier versions do not have
     problem = data.Problem(answer["question"], "", answer["answer"], kind)
-    value, = scores.scores(problem, answer["response"]).values()
-    return value
+    return next(iter(scores.scores(problem, answer["response"]).values()))
 
 
 def read_kept(file):

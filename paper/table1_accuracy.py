@@ -8,7 +8,8 @@ Its instruct models stay within noise on CoQA, QASPER, XSum and CNN/DM, by every
 
 import bench
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 
 SETS = ("MATH-500", "AIME 24", "AMC 23", "BRUMO 25", "GPQA")
 THINKING = {  # R1-Distill-Qwen, accuracy in percent
@@ -57,13 +58,13 @@ PAPER = {
 def main(argv=None):
     """A row for each variant: the parameters that a token uses, and its scores on every set."""
     args = common.arguments("paper.table1_accuracy", __doc__, argv)
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     rows = []
     for variant in common.variants(args, ("griffin", "cats")):
         active = bench.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
         rows.append(row | experiment.score_columns(variant))
-    return common.show(args, rows, common.draw_scores, PAPER, experiment)
+    return report.show(args, rows, report.draw_scores, PAPER, experiment)
 
 
 if __name__ == "__main__":

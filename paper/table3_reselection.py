@@ -14,7 +14,8 @@ for. So each answer is decoded alone here, and its seconds, prefill included, ar
 from dataclasses import replace
 
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.scores import summary, timing
 
 RHO = (1024, 256, 64, 32, 16)  # those below --max-new-tokens
@@ -34,7 +35,7 @@ def main(argv=None):
     """A row for each variant and each rho; of the methods that do not reselect, one row."""
     args = common.arguments("paper.table3_reselection", __doc__, argv,
                             limit=(40, 200), batch_size=(1, 1))
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     name, problems = experiment.graded()
     rhos = BUNDLED_RHO
     if args.model:
@@ -47,20 +48,20 @@ def main(argv=None):
             columns = [[answer[key] for answer in answers]
                        for key in ("seconds", "tokens", "accuracy")]
             rows.append(row | timing(*columns))
-    return common.show(args, rows, draw, PAPER, experiment)
+    return report.show(args, rows, draw, PAPER, experiment)
 
 
 def draw(figure, rows):
     """Accuracy, and both times, against rho: a line for each variant."""
     panels = figure.subplots(1, 3)
     for axes, column in zip(panels, ("accuracy %", "ms per token", "seconds to a right answer")):
-        for method, color in common.colors(rows).items():
+        for method, color in report.colors(rows).items():
             chosen = [row | {"rho": str(row["rho"] or "none")} for row in rows
                       if row["method"] == method and row[column] is not None]
             if method == "full" and chosen:
                 axes.axhline(chosen[0][column], color=color, linestyle="--", label="full")
             elif method != "full":
-                common.draw_line(axes, chosen, "rho", column, method, color)
+                report.draw_line(axes, chosen, "rho", column, method, color)
         axes.set(xlabel="rho", ylabel=column)
 
 

@@ -17,7 +17,7 @@ from functools import partial
 import bench
 import sample
 from model import read_json, resolve
-from paper import common
+from paper import common, report
 from paper.lora import LoRAFF
 
 QUICK = {"shape": "smollm2-135m", "prompt": 128, "generate": (32,), "repeats": 3}
@@ -66,7 +66,7 @@ def main(argv=None):
                      | {"ms per token ±": statistics.stdev(times)})
     rank = rows["GRIFFIN + Caprese"]["rank"]
     title = f"{name}: D = {config['hidden_size']}, r = {rank}"
-    return common.show(args, table, draw, PAPER, title=title)
+    return report.show(args, table, draw, PAPER, title=title)
 
 
 def draw(figure, rows):
@@ -74,7 +74,7 @@ def draw(figure, rows):
     axes = figure.subplots()
     names = [f"{row['method']}, {row['generated']} generated" for row in rows]
     axes.barh(names, [row["ms per token"] for row in rows], capsize=2, label="measured",
-              xerr=common.errors(rows, "ms per token"))
+              xerr=report.errors(rows, "ms per token"))
     axes.barh(names, [row["bound ms"] for row in rows], height=0.3, color="black",
               label="its bytes at the memory's speed")
     axes.invert_yaxis()

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import caprese
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 from paper.lora import LoRAFF
 
 
@@ -19,7 +20,7 @@ def main(argv=None):
     args = common.arguments("paper.table6_lora", __doc__, argv)
     if args.e2e_epochs < 1:
         raise common.CannotRun("this compares what is learned end-to-end: give --e2e-epochs")
-    experiment = common.Experiment(args, samples=True)
+    experiment = Experiment(args, samples=True)
     griffin = common.sparse(args, "griffin")
     low_rank = replace(common.learned(args, griffin, ("E2E",)), name="GRIFFIN + L R, E2E alone")
     lora = replace(low_rank, name="GRIFFIN + LoRA, E2E alone", method=LoRAFF)
@@ -29,7 +30,7 @@ def main(argv=None):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
         rows.append(row | experiment.score_columns(variant))
-    return common.show(args, rows, common.draw_scores, experiment=experiment)
+    return report.show(args, rows, report.draw_scores, experiment=experiment)
 
 
 if __name__ == "__main__":

@@ -8,19 +8,20 @@ dtype. So small a model as the bundled one loses nothing by 4 bits, and there is
 
 import caprese
 import sample
-from paper import common
+from paper import common, report
+from paper.experiment import Experiment
 
 
 def main(argv=None):
     """A row for each stage: the parameters that it adds, and its scores on every set."""
     args = common.arguments("paper.table7_int4", __doc__, argv)
-    experiment = common.Experiment(args)
+    experiment = Experiment(args)
     rows = []
     for variant in common.variants(args, ("int4",)):
         added = caprese.added_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "added parameters %": 100 * added}
         rows.append(row | experiment.score_columns(variant))
-    return common.show(args, rows, common.draw_scores, experiment=experiment)
+    return report.show(args, rows, report.draw_scores, experiment=experiment)
 
 
 if __name__ == "__main__":

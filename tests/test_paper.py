@@ -20,8 +20,10 @@ import data
 import distill
 import sample
 from paper import __main__ as paper_main
-from paper import common, figure2_residual, figure3_coverage, figure8_spectrum, recount, scores
-from paper.common import BUNDLED_CATS_DENSITY, Experiment, Variant
+from paper import (common, experiment, figure2_residual, figure3_coverage, figure8_spectrum, recount,
+                   report, scores)
+from paper.common import BUNDLED_CATS_DENSITY, Variant
+from paper.experiment import Experiment
 from paper.lora import LoRAFF
 from paper.oracle import OracleFF
 
@@ -427,7 +429,7 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, stub):
     found.answers(GRIFFIN, "maths", problems)
     assert (tmp_path / name).exists()
     with pytest.raises(OSError, match=r"cannot write /dev/full \(No space left on device\)"):
-        common.write("/dev/full", b"text", "ab")
+        report.write("/dev/full", b"text", "ab")
     (tmp_path / "settings.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="cannot write .*settings.tmp"):
         make(tmp_path)
@@ -437,7 +439,7 @@ def test_settings_json_says_what_made_a_folder(tmp_path, stub):
     found = make(tmp_path)
     settings = json.loads((tmp_path / "settings.json").read_text())
     assert settings["model"] == caprese.fingerprint(found.model)
-    assert settings["commit"] == common.commit() and settings["samples"] == 16
+    assert settings["commit"] == report.commit() and settings["samples"] == 16
     make(tmp_path, "--limit", "2", "--density", "0.4", "--batch-size", "3")  # these stand in names
     assert json.loads((tmp_path / "settings.json").read_text()) == settings
 
@@ -506,7 +508,7 @@ def test_a_folder_of_unknown_answers_is_refused(tmp_path, stub):
 def test_another_commit_is_said(tmp_path, stub, monkeypatch, capsys):
     make(tmp_path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(common, "commit", lambda: "abc1234")
+    monkeypatch.setattr(experiment, "commit", lambda: "abc1234")
     make(tmp_path)
     assert "is abc1234; if more than the files" in capsys.readouterr().err
 
@@ -515,7 +517,7 @@ def test_another_commit_is_said(tmp_path, stub, monkeypatch, capsys):
 def test_files_that_differ_from_the_commit_are_said(tmp_path, stub, monkeypatch, capsys, name,
                                                     said):
     """Two states of a working tree have one name, so nobody can tell whether it has changed."""
-    monkeypatch.setattr(common, "commit", lambda: name)
+    monkeypatch.setattr(experiment, "commit", lambda: name)
     make(tmp_path)
     assert capsys.readouterr().err == ""
     make(tmp_path)
@@ -667,7 +669,8 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
     write(runs / "full.jsonl", lines[:2] + [lines[0] | {"run": 1}])
     write(runs / "griffin.jsonl", lines[2:])
     passage = about | {"set": "told", "kind": "passage", "variant": "full", "question": "Who?",
-                       "answer": "a black cat", "response": "cat", "tokens": 1, "f1": 0.0}
+                       "answer": "a black cat", "response": "The black cat sat.", "tokens": 5,
+                       "f1": 0.0}
     write(runs / "told.jsonl", [passage])
     news = about | {"set": "xsum", "variant": "full", "question": "An article", "answer": "News",
                     "response": "News", "tokens": 1, "rouge1": 0.25}
@@ -680,7 +683,7 @@ def test_kept_answers_are_counted_again(tmp_path, monkeypatch, capsys):
         {"variant": "griffin", "set": "sums", "answers": 1, "score %": 0.0,
          "score ±": 100 * sample.standard_error(0, 1), "tokens": 9, "ended %": 100.0}]
     told, = recount.count(tmp_path / "kept" / "told.jsonl.gz")
-    assert told["score %"] == pytest.approx(200 / 3)  # F1, not right or wrong
+    assert told["score %"] == 100  # the answer stands in it, though it is not equal
     text = gzip.decompress((tmp_path / "kept" / "xsum.jsonl.gz").read_bytes()).decode()
     assert "article" not in text and "row 1" in text
     monkeypatch.setattr(sys, "argv", ["recount"])
@@ -757,7 +760,7 @@ def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch
         monkeypatch.setattr(script, constant, value)
     monkeypatch.setitem(bench.SHAPES, "tiny", tiny.CONFIG)
     monkeypatch.setattr(bench, "memory_speed", lambda device: 1e10)
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.tsv")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.tsv")
     flags = [*TINY, "--out", str(out), "--log"]
     flags += ["--runs", "2"] if name == "figure3_coverage" else []
     flags += ["--method", "int4"] if name == "table7_int4" else []
@@ -793,13 +796,13 @@ def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch
 
 
 def test_the_log_says_what_made_each_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path / "results.tsv")
-    monkeypatch.setattr(common, "commit", lambda: "abc1234")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results.tsv")
+    monkeypatch.setattr(report, "commit", lambda: "abc1234")
     args = settings("--log", "--data", "a b.jsonl", "--model", "some/model")
     wide = [{"method": "GRIFFIN + E2E", "rho": None, "x accuracy %": 87.5, "x accuracy ±": 1.25,
              "x tokens": 30, "y f1 %": 50.0, "y f1 ±": 2.0}]
-    common.log(args, wide, {"x": [], "y": []})
-    common.log(args, [{"method": "CATS", "set": "z", "rho": 8, "seconds": 2.0, "ratio": None}], ())
+    report.log(args, wide, {"x": [], "y": []})
+    report.log(args, [{"method": "CATS", "set": "z", "rho": 8, "seconds": 2.0, "ratio": None}], ())
     header, *lines = [line.split("\t") for line in
                       (tmp_path / "results.tsv").read_text().splitlines()]
     assert header == ["commit", "date", "machine", "command", "model", "method", "set", "metric",
@@ -816,7 +819,7 @@ def test_the_log_says_what_made_each_figure(tmp_path, monkeypatch):
 
 def test_every_method_and_adapter_has_a_colour_of_its_own():
     methods = ["full", "GRIFFIN", "GRIFFIN + layer-wise", "GRIFFIN + E2E", "one", "two", "three"]
-    found = common.colors([{"method": method} for method in methods])
+    found = report.colors([{"method": method} for method in methods])
     assert list(found) == methods and len(set(found.values())) == len(methods)
 
 
@@ -915,7 +918,7 @@ def test_the_command_ends_in_one_line_and_exit_code_2(monkeypatch, capsys):
 def test_all_of_them_go_without_those_that_need_samples(tmp_path, monkeypatch, capsys, stub):
     """A real model without samples and adapters: what needs L and R is left out, in one line."""
     ran = []
-    monkeypatch.setattr(common, "show", lambda args, *rest, **more: ran.append(args.script))
+    monkeypatch.setattr(report, "show", lambda args, *rest, **more: ran.append(args.script))
     for script in paper_main.SCRIPTS:
         if script.__name__ in ("paper.table5_latency", "paper.in_transformers", "paper.lossless"):
             monkeypatch.setattr(script, "main", lambda argv, name=script.__name__: ran.append(name))
