@@ -22,7 +22,9 @@ import hashlib
 import json
 import math
 import sys
+import traceback
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -654,32 +656,38 @@ def try_block(block, act_fn):
     """May a class decode on gathered neurons? It may if both paths compute the same.
 
     A tiny block of the class takes two prompts and one more token each: by the masked path, by
-    teacher forcing, and one of them by the compact path if it gathers. Raises ValueError if a
-    method is missing, or if what the class brings does not agree with its other methods.
+    teacher forcing, one prompt alone, and by the compact path if it gathers. Raises ValueError if
+    a method is missing, fails, or does not agree with the others.
     """
     name = method_name(block)
-    needed = ["reset", "count", "select", "decode"]
-    if block.teacher_forced is SparseFF.teacher_forced:
-        needed += ["selection", "sparsify"]
-    missing = [method for method in needed if not hasattr(block, method)]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
+    check_names(block, name)
     ff = tiny_block(block, act_fn)
     x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    masked = decode_last(ff, x, gathers=False)
-    forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
-    ff.count(x, *ff.neurons(x), None)  # as a reselection does: merge must work
-    ff.select()
+    try:
+        check_shapes(ff, x, name)
+        masked = decode_last(ff, x, gathers=False)
+        alone = decode_last(ff, x[:1], gathers=False)
+        forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
+        decode_last(ff, x, gathers=False)
+        ff.count(x, *ff.neurons(x), None)  # as a reselection does: merge must work
+        ff.select()
+    except (TypeError, RuntimeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{name} fails on a tiny block, with B = 2, T = 9, D = 32 and F = 64: "
+                         f"{' '.join(str(error).split())}; {own_line(error)}") from error
     if getattr(block, "merge", None) is GRIFFIN.merge and not merges(ff, x):
         raise ValueError(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
                          "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
+    if not torch.allclose(alone, masked[:1]):
+        raise ValueError(f"{name} gives a prompt another answer alone than beside a second one; "
+                         "each row of a batch must be treated by itself")
     if not torch.allclose(forced, masked):
         raise ValueError(f"{name} would learn another function than it decodes by: its "
-                         "teacher_forced does not compute what its count, select and decode do")
+                         "teacher_forced does not compute what its count, select and decode do; "
+                         "does it leave out the tokens where counted is False?")
     if not block.gathers:
         return False
     try:
-        same = torch.allclose(decode_last(ff, x[:1], gathers=True), masked[:1])
+        same = torch.allclose(decode_last(ff, x[:1], gathers=True), alone)
     except AttributeError:  # the correction has no L and R to gather
         same = False
     if not same and (block.gather, block.fused) != (GRIFFIN.gather, GRIFFIN.fused):
@@ -689,6 +697,46 @@ def try_block(block, act_fn):
         print(f"note: gather and fused do not compute what sparsify and correction of {name} do; "
               "decoding takes the masked path, which saves no time", file=sys.stderr)
     return same
+
+
+def own_line(error):
+    """Where an error came from, outside of torch."""
+    torch_folder = str(Path(torch.__file__).parent)
+    own = [frame for frame in traceback.extract_tb(error.__traceback__)
+           if not frame.filename.startswith(torch_folder)]
+    return f"see {Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line}"
+
+
+def check_names(block, name):
+    """ValueError if a class lacks a method, or defines one that looks like a misspelt one."""
+    needed = ["reset", "count", "select", "decode"]
+    if block.teacher_forced is SparseFF.teacher_forced:
+        needed += ["selection", "sparsify"]
+    missing = [method for method in needed if not hasattr(block, method)]
+    if missing:
+        raise ValueError(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
+    base = next(base for base in block.__mro__ if base in (GRIFFIN, CATS, SparseFF))
+    known = [method for method in dir(base) if not method.startswith("_")]
+    for method in vars(block):
+        meant = get_close_matches(method, known, n=1, cutoff=0.85)
+        if meant and method not in known:
+            raise ValueError(f"{name} defines {method}, which nothing calls; is {meant[0]} meant? "
+                             "Else choose a name that is less like it")
+
+
+def check_shapes(ff, x, name):
+    """ValueError if statistic or sparsify of a GRIFFIN returns a tensor of another shape."""
+    if not isinstance(ff, GRIFFIN):
+        return
+    gate, z = ff.neurons(x)
+    s = ff.statistic(x, gate, z, None)
+    if s.shape != (2, 64):
+        raise ValueError(f"statistic of {name} must return [B, F], here [2, 64], but it returns "
+                         f"{list(s.shape)}")
+    kept_z = ff.sparsify(x, gate, z, ff.selection(x, gate, z, None))
+    if kept_z.shape != z.shape:
+        raise ValueError(f"sparsify of {name} must return [B, T, F], here [2, 9, 64], but it "
+                         f"returns {list(kept_z.shape)}")
 
 
 def merges(ff, x):

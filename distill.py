@@ -71,12 +71,8 @@ def fit_closed_form(model, batches):
     All layers are fitted in one pass of the full model. Raises ValueError if the correction is not
     x L R, or if the model's numbers overflow its dtype.
     """
-    moments = {}
-    for i, ff in caprese.sparse_layers(model).items():
-        if not caprese.has_closed_form(ff):
-            raise ValueError(f"the correction of {caprese.method_name(type(ff))} is not x L R, so "
-                             "(7) has no closed form; take --layerwise adam")
-        moments[ff] = new_moments(ff)
+    check_closed_form(model)
+    moments = {ff: new_moments(ff) for ff in caprese.sparse_layers(model).values()}
 
     def visit(ff, x, e):
         add_moments(*moments[ff], x, e)
@@ -86,6 +82,14 @@ def fit_closed_form(model, batches):
         visit_residuals(model, batch, visit)
     for ff, (A, C) in moments.items():
         fit(ff, A, C)
+
+
+def check_closed_form(model):
+    """ValueError if the correction of a sparse layer is not x L R."""
+    for ff in caprese.sparse_layers(model).values():
+        if not caprese.has_closed_form(ff):
+            raise ValueError(f"the correction of {caprese.method_name(type(ff))} is not x L R, so "
+                             "(7) has no closed form; take --layerwise adam")
 
 
 def new_moments(ff):
@@ -136,6 +140,8 @@ def unexplained(model, samples, micro_batch=16):
     """The fraction of the residual's energy in (7) that x L R misses, as a mean over the layers."""
     energies = {ff: torch.zeros(2, dtype=torch.float64)
                 for ff in caprese.sparse_layers(model).values()}
+    if not energies:  # the full model
+        return 0.0
 
     def visit(ff, x, e):
         energies[ff] += torch.stack([squared_error(ff, x, e), e.float().square().sum()]).cpu()
@@ -143,7 +149,7 @@ def unexplained(model, samples, micro_batch=16):
     for batch in data.batches(samples, micro_batch, model.device):
         visit_residuals(model, batch, visit)
     fractions = [float(missed / total.clamp_min(1e-30)) for missed, total in energies.values()]
-    return sum(fractions) / max(1, len(fractions))
+    return sum(fractions) / len(fractions)
 
 
 # ---- the losses that Adam minimises, summed over the response tokens; *_backward run backward too
@@ -626,6 +632,8 @@ def distill(args, load=sample.load, shard=None, measure=measure, command=("sampl
               for file in args.eval_data}
     model, _ = load(args)  # takes long, so a file that is missing is noticed before
     caprese.attach(model, args.method, args.density, args.layers, args.rank)  # do the flags fit?
+    if args.layerwise in ("closed", "sequential"):
+        check_closed_form(model)
     caprese.detach(model)
     settings = settings_of(args, model, samples, unseen)
     checkpoint = open_checkpoint(args, settings, out)
@@ -662,7 +670,8 @@ def distill(args, load=sample.load, shard=None, measure=measure, command=("sampl
         caprese.save_adapter(model, args.out, settings["model"])
         checkpoint.file.unlink(missing_ok=True)
     question = ["--model", args.model, "your question"] if args.model else []
-    command = ["python", *command, "--adapter", args.out, *question]
+    block = [] if isinstance(args.method, str) else ["--block", settings["method"]]
+    command = ["python", *command, "--adapter", args.out, *block, *question]
     print(f"\nwrote {args.out}; try: {shlex.join(command)}", file=out)
     if args.json:
         print(json.dumps({"rows": rows, "adapter": args.out}))

@@ -293,14 +293,18 @@ def common_arguments(parser):
 
 def method_arguments(parser, default=None):
     """Add the flags that choose a sparse method; args.method becomes a name or a class."""
-    parser.add_argument("--method", choices=caprese.METHODS, default=default)
-    parser.add_argument("--block", dest="method", type=import_block, metavar="MODULE:CLASS",
+    one_of = parser.add_mutually_exclusive_group()
+    one_of.add_argument("--method", choices=caprese.METHODS, default=default)
+    one_of.add_argument("--block", dest="method", type=import_block, metavar="MODULE:CLASS",
                         help="a method of your own, a subclass of caprese.SparseFF")
 
 
 def import_block(text):
     """The class that --block names; argparse reports anything else."""
     module, _, name = text.partition(":")
+    if not module or not name or module.endswith(".py"):
+        raise argparse.ArgumentTypeError(f"{text} is not module:Class; the class Mine in the file "
+                                         "mine.py is mine:Mine")
     try:
         block = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -583,6 +587,9 @@ def main():
     args = arguments()
     # A missing adapter is noticed before the model loads.
     about = caprese.read_adapter(args.adapter)[1] if args.adapter else {}
+    method = args.method or about.get("method", "griffin")
+    if method not in caprese.METHODS and isinstance(method, str):
+        raise ValueError(f"{args.adapter} was learned by a class of its own: give --block {method}")
     out = sys.stderr if args.json else sys.stdout
     result = print_answers(args, about, out)
     if args.json:

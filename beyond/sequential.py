@@ -52,10 +52,7 @@ def check(model):
     if caprese.of_transformers(model):
         raise ValueError("a model of transformers cannot be fitted block by block; "
                          "take distill.fit_closed_form")
-    for ff in caprese.sparse_layers(model).values():
-        if not caprese.has_closed_form(ff):
-            raise ValueError(f"the correction of {caprese.method_name(type(ff))} is not x L R, so "
-                             "it cannot be fitted block by block; take --layerwise adam")
+    distill.check_closed_form(model)
 
 
 def make_batches(model, samples, micro_batch):

@@ -655,6 +655,54 @@ class BadMerge(caprese.GRIFFIN):
         return s.no_such_thing
 
 
+class Misspelt(caprese.GRIFFIN):
+    def statistics(self, x, gate, z, counted=None):
+        return z.abs().sum(1)
+
+
+class MisspeltBesides(caprese.GRIFFIN):
+    def sparsify(self, x, gate, z, kept):
+        return 2 * z * kept[:, None]
+
+    def corection(self, x):
+        return 0 * x
+
+
+class NoBatch(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted=None):
+        return super().statistic(x, gate, z, counted).sum(0)
+
+
+class AllTokens(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted=None):
+        return z.abs()
+
+
+class OneColumn(caprese.GRIFFIN):
+    def sparsify(self, x, gate, z, kept):
+        return z[..., :1] * kept[:, None, :1]
+
+
+class FewArguments(caprese.GRIFFIN):
+    def statistic(self, z):
+        return z.norm(dim=1)
+
+
+class OtherRowsCount(caprese.GRIFFIN):
+    """A row's statistic is what it has more than the batch's mean: another one when alone."""
+    def statistic(self, x, gate, z, counted=None):
+        s = super().statistic(x, gate, z, counted)
+        return s - s.mean(0)
+
+    def merge(self, s, s_G):
+        return s + s_G
+
+
+class Uncounted(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted=None):
+        return z.norm(dim=1)
+
+
 class Unfinished(caprese.SparseFF):
     pass
 
@@ -664,13 +712,21 @@ class Unfinished(caprese.SparseFF):
     (OnlyFused, "brings a gather or a fused that does not compute"),
     (OneRow, "would learn another function than it decodes by"),
     (NoMerge, "does not merge as GRIFFIN's does"),
-    (BadMerge, "no attribute 'no_such_thing'"),
+    (BadMerge, "no attribute 'no_such_thing'; see test_caprese.py, line .*no_such_thing"),
+    (Misspelt, "defines statistics, which nothing calls; is statistic meant"),
+    (MisspeltBesides, "defines corection, which nothing calls; is correction meant"),
+    (NoBatch, r"must return \[B, F\], here \[2, 64\], but it returns \[64\]"),
+    (AllTokens, r"must return \[B, F\], here \[2, 64\], but it returns \[2, 9, 64\]"),
+    (OneColumn, r"must return \[B, T, F\], here \[2, 9, 64\], but it returns \[2, 9, 1\]"),
+    (FewArguments, "takes 2 positional arguments but 5 were given"),
+    (OtherRowsCount, "another answer alone than beside a second one"),
+    (Uncounted, "leave out the tokens where counted is False"),
     (Unfinished, "lacks reset, count, select, decode, selection, sparsify"),
     (caprese.SparseFF, "lacks reset")])
 def test_a_class_that_cannot_work_is_refused(block, says, device):
-    """Before anything is attached; what was attached before stays. Its own errors are its own."""
+    """In one line, before anything is attached; what was attached before stays."""
     model = caprese.attach(tiny.model(device=device), "cats")
-    with pytest.raises((ValueError, AttributeError), match=says):
+    with pytest.raises(ValueError, match=says):
         caprese.attach(model, block)
     assert {type(ff) for ff in caprese.sparse_layers(model).values()} == {caprese.CATS}
 

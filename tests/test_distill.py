@@ -878,15 +878,16 @@ def test_a_block_of_one_s_own_stands_in_the_table(tmp_path, command, monkeypatch
     assert code == 0, err
     full, sparse, corrected = json.loads(out)["rows"]
     assert sparse["method"] == f"test_distill:{block}" and f"test_distill:{block}" in table(err)
+    assert f"--adapter {tmp_path / 'a'} --block test_distill:{block} --model" in err  # what to try
     assert caprese.read_adapter(tmp_path / "a")[1]["method"] == f"test_distill:{block}"
     assert full["seen kl"] == 0 < corrected["seen kl"] < sparse["seen kl"]
 
 
 def test_a_block_without_a_closed_form_is_refused_by_it(tmp_path, command, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")
-    code, _, err = command(*QUICK, "--block", "test_distill:NonLinear", "--out", tmp_path / "a")
+    code, out, err = command(*QUICK, "--block", "test_distill:NonLinear", "--out", tmp_path / "a")
     assert code == 2 and "--layerwise adam" in err.splitlines()[-1]
-    assert not (tmp_path / "a").exists()
+    assert "full" not in out and list(tmp_path.iterdir()) == []  # before anything is measured
 
 
 # ---- flags

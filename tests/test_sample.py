@@ -260,8 +260,9 @@ def test_a_block_of_ones_own_answers(run, tmp_path):
     model = sample.Transformer.from_pretrained(sample.BUNDLED)
     file = tmp_path / "fork.safetensors"
     caprese.save_adapter(caprese.attach(model, Fork, rank=4), file)
-    code, out, err = run(PROBLEM, "--adapter", file)
-    assert code == 2 and "--block" in err and "full model" not in out
+    for prompt in ([PROBLEM], []):  # without one: all three ways, the full model first
+        code, out, err = run(*prompt, "--adapter", file)
+        assert code == 2 and "give --block test_sample:Fork" in err and "full model" not in out
     assert run(PROBLEM, "--adapter", file, "--block", "test_sample:Fork",
                "--max-new-tokens", 2)[0] == 0
 
@@ -327,6 +328,8 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
     (["x", "--temperature", "nan"], "temperature"),
     (["x", "--block", "nothing:Here"], "nothing:Here"),
     (["x", "--block", "caprese"], "not module:Class"),
+    (["x", "--block", "mine.py:Mine"], "the file mine.py is mine:Mine"),
+    (["x", "--method", "cats", "--block", "beyond.mean_abs:MeanAbs"], "not allowed with"),
     (["x", "--block", "caprese:Call"], "not a subclass"),
     (["x", "--reselect", "4"], "--reselect"),
     (["x", "--reselect", "0"], "at least 1"),
