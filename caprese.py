@@ -440,8 +440,8 @@ def decoder(model):
     inner = getattr(model, "model", None)
     found = getattr(inner, "language_model", inner)
     if not hasattr(found, "layers"):
-        raise ValueError(f"{type(model).__name__} has no model.layers to replace MLPs in; of a "
-                         "model of PEFT take what merge_and_unload() returns")
+        raise ValueError(f"{type(model).__name__} has no model.layers to replace MLPs in; give a "
+                         "causal language model, of PEFT what merge_and_unload() returns")
     return found
 
 
@@ -617,7 +617,7 @@ def load_adapter(model, file, density=None, method=None):
 def read_adapter(file):
     """({name: tensor}, what the metadata say) of an adapter; FileNotFoundError or ValueError."""
     if not Path(file).exists():
-        raise FileNotFoundError(f"adapter {file} does not exist; python distill.py makes adapters")
+        raise FileNotFoundError(f"adapter {file} does not exist; distill.py makes adapters")
     tensors, about = load_tensors(file)
     if not isinstance(about, dict) or not isinstance(about.get("method"), str):
         raise ValueError(f"{file} is not a Caprese adapter: its metadata do not name a method")

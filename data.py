@@ -176,8 +176,11 @@ def encode_samples(problems, tokenizer, max_tokens=2048):
     """Problems -> [(prompt_ids, response_ids)]. No stop id is added, as it is never fed back.
 
     Samples of more than max_tokens tokens are left out; a line on stderr says how many they are.
-    Raises ValueError if none is left.
+    Raises ValueError if none is left, or if the tokenizer is not data.Tokenizer.
     """
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"samples are encoded by data.Tokenizer(folder), which knows the folder's "
+                         f"chat template, not by {type(tokenizer).__name__}")
     samples = []
     for problem in problems:
         response = without_opening(tokenizer.prompt(ask(problem)), problem.response)

@@ -40,6 +40,7 @@ RECIPES = {
 EVALUATION_SEED = 1234     # of the held-out problems
 UNEXPLAINED_SAMPLES = 256  # training samples that the table's column is measured on
 LOGIT_CHUNK = 1024         # tokens whose logits are in memory at once
+ENOUGH = 4                 # training tokens for each entry of x, below which a note warns
 
 
 # ---- layer-wise, equation (7), in closed form
@@ -146,8 +147,9 @@ def unexplained(model, samples, micro_batch=16):
     def visit(ff, x, e):
         energies[ff] += torch.stack([squared_error(ff, x, e), e.float().square().sum()]).cpu()
 
-    for batch in data.batches(samples, micro_batch, model.device):
-        visit_residuals(model, batch, visit)
+    batches = data.batch_indices(samples, micro_batch)
+    for indices in sample.progress(batches, "unexplained", len(batches)):
+        visit_residuals(model, data.collate(samples, indices, model.device), visit)
     fractions = [float(missed / total.clamp_min(1e-30)) for missed, total in energies.values()]
     return sum(fractions) / len(fractions)
 
@@ -425,13 +427,14 @@ def read_samples(file, count, args, tokenizer):
 
 
 def print_samples(samples, model, out):
-    """Print how many tokens teach; a warning if x L R can memorise them."""
+    """Print how many tokens teach; a warning if x L R may memorise them."""
     count = sum(len(response) for _, response in samples)
     print(f"{len(samples)} samples, {count} response tokens.", file=out)
     hidden_size = caprese.decoder(model).config.hidden_size
-    if count < hidden_size:
-        print(f"note: {count} response tokens are fewer than the hidden_size, {hidden_size}: "
-              "x L R can memorise them", file=sys.stderr)
+    if count < ENOUGH * hidden_size:
+        print(f"note: {count} response tokens are fewer than {ENOUGH} times the hidden_size, "
+              f"{hidden_size}: x L R may memorise them; --eval-data would show it",
+              file=sys.stderr)
 
 
 def layerwise_stage(model, samples, args, checkpoint):
@@ -513,13 +516,13 @@ def fill_recipe(args):
             setattr(args, flag, value)
 
 
-def arguments(argv=None, parents=()):
+def arguments(argv=None, parents=(), prog=None):
     """The command line, the recipe filled in; ValueError for flags that do not go together.
 
-    parents are parsers of further flags.
+    parents are parsers of further flags, prog is what the help calls the command.
     """
-    parser = sample.common_arguments(sample.ArgumentParser(description=__doc__.splitlines()[0],
-                                                           parents=parents))
+    parser = sample.common_arguments(sample.ArgumentParser(
+        prog=prog, description="Learn L and R by distillation, (7) and (8).", parents=parents))
     sample.method_arguments(parser, default="griffin")
     add, files = parser.add_argument, {"action": "append", "default": [], "metavar": "FILE"}
     add("--density", type=float, default=0.5, help="kept neurons, in (0, 1] (default: %(default)s)")

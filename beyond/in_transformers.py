@@ -30,6 +30,7 @@ from model import resolve
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")
 NO_MODEL = "--model is needed: a folder, or a hub repo id"
+PROGRAM = "python -m beyond.in_transformers"
 
 
 # ---- which MLPs can be replaced
@@ -139,12 +140,14 @@ class Watcher:
     def before_decoder(self, decoder, args, kwargs):
         if self.call.by_hand:
             return None
+        if self.model.training:
+            raise ValueError("the sparse model is for inference: call model.eval() first")
         # By what it can do: transformers 5.24 renamed the argument past_key_values to cache.
         cache = next((v for v in kwargs.values() if hasattr(v, "get_seq_length")), None)
         if cache is None:
-            raise ValueError("without a KV cache no prompt selects; see caprese.teacher_forced")
-        if self.model.training:
-            raise ValueError("the sparse model is for inference: call model.eval() first")
+            raise ValueError("a call without a KV cache does not say what is the prompt: use "
+                             "generate(), for the logits of a given text caprese.teacher_forced("
+                             "model, tokens, prompt_lengths), for the full model caprese.detach")
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         start, count = int(cache.get_seq_length()), tokens.shape[1]
@@ -314,7 +317,7 @@ def distill_command(argv):
                       help="ask for the answer in a box, as an official chat model needs it")
     ours.add_argument("--max-new-tokens", type=sample.positive, default=512,
                       help="of an answer to --problems (default: %(default)s)")
-    args = distill.arguments(argv, parents=[ours])
+    args = distill.arguments(argv, parents=[ours], prog=f"{PROGRAM} distill")
     if not args.model:
         raise ValueError(NO_MODEL)
     if args.layerwise == "sequential":
@@ -325,7 +328,8 @@ def distill_command(argv):
 
 def answer_command(argv):
     """One prompt, three ways: full, sparse, sparse + Caprese."""
-    parser = sample.common_arguments(sample.ArgumentParser(description=answer_command.__doc__))
+    parser = sample.common_arguments(sample.ArgumentParser(
+        prog=f"{PROGRAM} answer", description=answer_command.__doc__))
     sample.method_arguments(parser)
     parser.add_argument("prompt")
     parser.add_argument("--adapter", required=True, help="file written by distill")
@@ -358,9 +362,9 @@ def answer_command(argv):
 
 def main():
     commands = {"distill": distill_command, "answer": answer_command}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        raise ValueError("give a command, distill or answer; each has its own --help")
-    commands[sys.argv[1]](sys.argv[2:])
+    parser = sample.ArgumentParser(prog=PROGRAM, description="Each command has its own --help.")
+    parser.add_argument("command", choices=commands)
+    commands[parser.parse_args(sys.argv[1:2]).command](sys.argv[2:])
 
 
 if __name__ == "__main__":

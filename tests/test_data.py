@@ -564,3 +564,10 @@ PLAIN = {  # what the core knows: the last #### or box, as text or as a number
 @pytest.mark.parametrize("right", [True, False])
 def test_the_core_compares_text_and_numbers(right):
     assert not [case for case in PLAIN[right] if data.correct(*case) is not right]
+
+
+def test_samples_are_encoded_by_our_tokenizer_alone():
+    """transformers' has no chat template in encode, so its ids would be others without a word."""
+    with pytest.raises(ValueError, match="by data.Tokenizer.folder., .* not by Tokenizer"):
+        problems = [data.Problem("1 + 1?", "2", "2")]
+        data.encode_samples(problems, data.Tokenizer(TINY_MATH).tokenizer)

@@ -712,6 +712,26 @@ def test_layers_on_two_devices():
     assert here.kept.sum(-1).tolist() == [here.num_kept] * 2
 
 
+# ---- the README
+
+def test_the_lines_for_transformers_run(tmp_path, monkeypatch):
+    """Up to the harness, which is no package of the tests; then generate() runs sparse."""
+    readme = (FIXTURES.parents[1] / "README.md").read_text(encoding="utf-8")
+    block = readme.split("```python\nfrom transformers import")[1].split("import lm_eval")[0]
+    rows = [{"question": p.question, "answer": p.response} for p in data.problems("maths", 8, 0)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = {}
+    monkeypatch.chdir(tmp_path)
+    exec("from transformers import" + block.replace('"models', f'"{sample.BUNDLED.parent}'), names)
+    model = names["model"]
+    for ff in caprese.sparse_layers(model).values():
+        assert ff.R.abs().sum() > 0
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    model.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert all(ff.compact for ff in caprese.sparse_layers(model).values())
+    assert caprese.read_adapter(tmp_path / "mine.safetensors")[1]["method"] == "griffin"
+
+
 # ---- the commands
 
 def command(monkeypatch, *arguments):
@@ -761,7 +781,7 @@ def test_distill_and_answer(monkeypatch, tmp_path, capsys, rows_of_data):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "distill or answer"), (["learn"], "distill or answer"),
+    ([], "command"), (["learn"], "choose from .?distill.?, .?answer"),
     (["distill"], "--model is needed"),
     (["answer", "--adapter", "a.safetensors", "prompt"], "--model is needed"),
     (["distill", "--model", "x", "--data", "y", "--layerwise", "sequential"], "our own model.py"),
