@@ -205,6 +205,15 @@ class Experiment:
             answers.append(sample.answer_ids(ids, self.tokenizer))
         return answers, [self.tokenizer.decode(ids) for ids in answers], seconds
 
+    def rows(self, variants):
+        """A row for each variant: the parameters that it adds, and its scores."""
+        found = []
+        for variant in variants:
+            added = 100 * caprese.added_parameters(self.prepare(variant))
+            row = {"method": variant.name, "added parameters %": added}
+            found.append(row | self.score_columns(variant))
+        return found
+
     def score_columns(self, variant):
         """The scores of a variant on every problem set, as columns of a table."""
         columns = {}

@@ -10,8 +10,21 @@ import torch
 import caprese
 
 
-class OracleFF(caprese.SparseFF):
-    """Keeps, for each token, the k neurons with the largest |Z|. It selects nothing beforehand."""
+class NoSelection(caprese.SparseFF):
+    """A sparse FF that selects nothing by the prompt."""
+
+    def reset(self):
+        pass
+
+    def count(self, x, gate, z, counted):
+        pass
+
+    def select(self):
+        pass
+
+
+class OracleFF(NoSelection):
+    """Keeps, for each token, the k neurons with the largest |Z|."""
 
     def sparsify(self, x, gate, z, selection=None):
         kept = z.detach().abs().topk(self.num_kept, dim=-1).indices  # [B, T, k]
@@ -23,12 +36,3 @@ class OracleFF(caprese.SparseFF):
 
     def selection(self, x, gate, z, counted):
         return None
-
-    def reset(self):
-        pass
-
-    def count(self, x, gate, z, counted):
-        pass
-
-    def select(self):
-        pass

@@ -8,7 +8,6 @@ samples, in the same steps. The row with both stages shows what x L R gains by t
 
 from dataclasses import replace
 
-import caprese
 import sample
 from paper import common, report
 from paper.experiment import Experiment
@@ -25,11 +24,7 @@ def main(argv=None):
     low_rank = replace(common.learned(args, griffin, ("E2E",)), name="GRIFFIN + L R, E2E alone")
     lora = replace(low_rank, name="GRIFFIN + LoRA, E2E alone", method=LoRAFF)
     both = common.learned(args, griffin, common.stages(args))
-    rows = []
-    for variant in (common.Variant("full"), griffin, lora, low_rank, both):
-        added = caprese.added_parameters(experiment.prepare(variant))
-        row = {"method": variant.name, "added parameters %": 100 * added}
-        rows.append(row | experiment.score_columns(variant))
+    rows = experiment.rows((common.Variant("full"), griffin, lora, low_rank, both))
     return report.show(args, rows, report.draw_scores, experiment=experiment)
 
 

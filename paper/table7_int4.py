@@ -6,7 +6,6 @@ an offset. That shows the quality of 4 bits and not their speed, for the product
 dtype. So small a model as the bundled one loses nothing by 4 bits, and there is nothing to recover.
 """
 
-import caprese
 import sample
 from paper import common, report
 from paper.experiment import Experiment
@@ -16,11 +15,7 @@ def main(argv=None):
     """A row for each stage: the parameters that it adds, and its scores on every set."""
     args = common.arguments("paper.table7_int4", __doc__, argv)
     experiment = Experiment(args)
-    rows = []
-    for variant in common.variants(args, ("int4",)):
-        added = caprese.added_parameters(experiment.prepare(variant))
-        row = {"method": variant.name, "added parameters %": 100 * added}
-        rows.append(row | experiment.score_columns(variant))
+    rows = experiment.rows(common.variants(args, ("int4",)))
     return report.show(args, rows, report.draw_scores, experiment=experiment)
 
 
