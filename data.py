@@ -179,8 +179,8 @@ def encode_samples(problems, tokenizer, max_tokens=2048):
     Raises ValueError if none is left, or if the tokenizer is not data.Tokenizer.
     """
     if not isinstance(tokenizer, Tokenizer):
-        raise ValueError(f"samples are encoded by data.Tokenizer(folder), which knows the folder's "
-                         f"chat template, not by {type(tokenizer).__name__}")
+        raise ValueError("samples are encoded by data.Tokenizer(folder), which knows the chat "
+                         f"template, not by a {type(tokenizer).__name__} of another library")
     samples = []
     for problem in problems:
         response = without_opening(tokenizer.prompt(ask(problem)), problem.response)

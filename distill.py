@@ -433,8 +433,7 @@ def print_samples(samples, model, out):
     hidden_size = caprese.decoder(model).config.hidden_size
     if count < ENOUGH * hidden_size:
         print(f"note: {count} response tokens are fewer than {ENOUGH} times the hidden_size, "
-              f"{hidden_size}: x L R may memorise them; --eval-data would show it",
-              file=sys.stderr)
+              f"{hidden_size}: x L R may memorise them", file=sys.stderr)
 
 
 def layerwise_stage(model, samples, args, checkpoint):
@@ -673,7 +672,7 @@ def distill(args, load=sample.load, shard=None, measure=measure, command=("sampl
         caprese.save_adapter(model, args.out, settings["model"])
         checkpoint.file.unlink(missing_ok=True)
     question = ["--model", args.model, "your question"] if args.model else []
-    block = [] if isinstance(args.method, str) else ["--block", settings["method"]]
+    block = ["--block", settings["method"]] if ":" in settings["method"] else []
     command = ["python", *command, "--adapter", args.out, *block, *question]
     print(f"\nwrote {args.out}; try: {shlex.join(command)}", file=out)
     if args.json:

@@ -314,6 +314,15 @@ def import_block(text):
     return block
 
 
+def read_about(args):
+    """What the metadata of --adapter say; ValueError if its class is not given by --block."""
+    about = caprese.read_adapter(args.adapter)[1]
+    if args.method is None and about["method"] not in caprese.METHODS:
+        raise ValueError(f"{args.adapter} was learned by a class of its own: give --block "
+                         f"{about['method']}")
+    return about
+
+
 def check_output(file, inputs):
     """ValueError if a file cannot be written where it is to be, or would overwrite an input."""
     path = Path(file)
@@ -586,10 +595,7 @@ def arguments():
 def main():
     args = arguments()
     # A missing adapter is noticed before the model loads.
-    about = caprese.read_adapter(args.adapter)[1] if args.adapter else {}
-    method = args.method or about.get("method", "griffin")
-    if method not in caprese.METHODS and isinstance(method, str):
-        raise ValueError(f"{args.adapter} was learned by a class of its own: give --block {method}")
+    about = read_about(args) if args.adapter else {}
     out = sys.stderr if args.json else sys.stdout
     result = print_answers(args, about, out)
     if args.json:

@@ -338,7 +338,7 @@ def answer_command(argv):
     args = parser.parse_args(argv)
     if not args.model:
         raise ValueError(NO_MODEL)
-    about = caprese.read_adapter(args.adapter)[1]  # a missing adapter is noticed at once
+    about = sample.read_about(args)  # a missing adapter is noticed at once
     model, tokenizer = load(args)
     prompt, rows = tokenizer.prompt_ids(args.prompt), []
     for name in ("full", "sparse", "sparse + Caprese"):
@@ -363,7 +363,7 @@ def answer_command(argv):
 def main():
     commands = {"distill": distill_command, "answer": answer_command}
     parser = sample.ArgumentParser(prog=PROGRAM, description="Each command has its own --help.")
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=commands, metavar="{distill,answer}")
     commands[parser.parse_args(sys.argv[1:2]).command](sys.argv[2:])
 
 

@@ -1,9 +1,9 @@
 """Fine-tune all weights of a model on JSONL samples: python models/finetune.py --model FOLDER ...
 
-Next-token training on the responses, one stop id at the end of each. `#### N` becomes \\boxed{N}
-and a maths question asks for the box, as the evaluation of a --model does. The weights are bfloat16
-where the processor computes in it, beside a float32 copy that AdamW changes. The same command goes
-on from where an interrupted run last wrote its state.
+Next-token training on the responses, one stop id at the end of each. A question of maths or of
+multiple choice asks for a box, as the evaluation of a --model does, and its `#### N` becomes
+\\boxed{N}. The weights are bfloat16 where the processor computes in it, beside a float32 copy that
+AdamW changes. The same command goes on from where an interrupted run last wrote its state.
 """
 
 import hashlib
@@ -47,9 +47,9 @@ def read_samples(args, tokenizer):
             if words(problem.question) in excluded:
                 print(f"left out, as an evaluation has it: {problem.question}")
                 continue
-            if problem.kind == "maths":
-                problem.question += "\n" + data.BOXED["maths"]
-            problem.response = re.sub(r"#### *(.*)", r"\\boxed{\1}", problem.response)
+            if problem.kind in data.BOXED:
+                problem.question += "\n" + data.BOXED[problem.kind]
+                problem.response = re.sub(r"#### *(.*)", r"\\boxed{\1}", problem.response)
             problems.append(problem)
     stop = [tokenizer.stop_ids[0]]
     samples = data.encode_samples(problems, tokenizer, args.max_tokens)

@@ -1,9 +1,9 @@
 """Write easy word problems with worked solutions: python models/word_problems.py --out FILE
 
-What models/finetune.py takes beside GSM8K: problems of one to three steps in everyday words, and
-the running-number problems of data.py. With --held-out the file holds the latter alone, as
-evaluation problems, which no training file of this script or of data.py contains. --reading adds
-questions on the passages of data.py, in the words of a chat.
+What models/finetune.py takes beside GSM8K: problems of one to three steps in everyday words, the
+running-number problems of data.py, and with --reading questions on its passages, in the words of a
+chat. With --held-out the file holds only the latter two, as evaluation problems, which no training
+file of this script contains; data.py trains on none of the running-number problems either.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def main():
     add("--stories", type=int, default=4000, help="everyday problems (default: %(default)s)")
     add("--running", type=int, default=1500, help="data.py's (default: %(default)s)")
     add("--reading", type=int, default=0, help="questions on passages (default: %(default)s)")
-    add("--held-out", action="store_true", help="data.py's evaluation problems alone")
+    add("--held-out", action="store_true", help="evaluation problems alone")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     with open(f"{args.out}.tmp", "w", encoding="utf-8") as file:

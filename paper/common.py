@@ -1,7 +1,7 @@
 """What every script of this folder begins with: its flags, and the variants of a model.
 
-A script reads its flags (`arguments`), asks for variants of the model, the rows of its table, lets
-an Experiment (experiment.py) answer problems by them, and shows the rows (`show` in report.py).
+A script reads its flags (`arguments`), asks for variants of the model, the rows of its table, makes
+an Experiment (experiment.py) where it needs a model, and shows the rows (`show` in report.py).
 """
 
 import importlib.util

@@ -98,8 +98,8 @@ class Experiment:
         for name, problems in self.sets.items():
             if right_or_wrong(problems[0]):
                 return name, problems
-        raise CannotRun("this needs problems whose answers are right or wrong, not F1 or ROUGE: "
-                        "give other --data")
+        raise CannotRun("this needs problems whose answers are right or wrong, not passages or "
+                        "articles: give other --data")
 
     def load_adapter(self, file):
         """Attach an adapter, as it was learned."""
@@ -143,8 +143,8 @@ class Experiment:
         args = self.args
         file = self.folder / (f"{name}-{variant.file_name()}-batch-{args.batch_size}"
                               f"-temperature-{args.temperature:g}.jsonl")
-        done = {job: answer for job, answer in read_answers(file).items()
-                if is_to(answer, problems)}
+        done = {job: answer | scores(problems[job[0]], answer["response"])  # by today's scores
+                for job, answer in read_answers(file).items() if is_to(answer, problems)}
         jobs = [(i, run) for i in range(len(problems)) for run in range(args.runs)]
         batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
         missing = [batch for batch in batches if not done.keys() >= set(batch)]

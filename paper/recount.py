@@ -54,12 +54,14 @@ def collect(runs):
 
 
 def score(answer):
-    """What a kept answer earns, in [0, 1]: the first of its scores, or the ROUGE-1 that was kept."""
+    """What a kept answer earns, in [0, 1]: right or wrong, in a passage whether the response
+    contains the answer, of an article the ROUGE-1 that was kept."""
     if "rouge1" in answer:
         return answer["rouge1"]
     kind = answer.get("kind", "maths")  # which answers of earlier versions do not have
     problem = data.Problem(answer["question"], "", answer["answer"], kind)
-    return next(iter(scores.scores(problem, answer["response"]).values()))
+    found = scores.scores(problem, answer["response"])
+    return found["contains" if kind == "passage" else "accuracy"]
 
 
 def read_kept(file):

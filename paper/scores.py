@@ -18,7 +18,7 @@ SCORES = ("accuracy", "contains", "f1", "rouge1", "rouge2", "rougeL")
 # ---- one answer
 
 def right_or_wrong(problem):
-    """Is an answer to this problem right or wrong? Otherwise it has an F1 or a ROUGE."""
+    """Is an answer to this problem right or wrong? To a passage or an article it has scores."""
     return problem.kind not in ("passage", "summary")
 
 
@@ -44,8 +44,8 @@ def content_words(text):
 
 def contains(text, reference):
     """Do the words of the reference stand side by side in a text? Articles do not count."""
-    asked, found = (" ".join(content_words(t)) for t in (reference, text))
-    return f" {asked} " in f" {found} "
+    reference_words, text_words = (" ".join(content_words(t)) for t in (reference, text))
+    return f" {reference_words} " in f" {text_words} "
 
 
 def f_measure(a, b):

@@ -668,6 +668,25 @@ class MisspeltBesides(caprese.GRIFFIN):
         return 0 * x
 
 
+class MisspeltInBetween(Misspelt):
+    pass
+
+
+class NoSuchName(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted):
+        return torhc.ones(2, 64)  # noqa: F821
+
+
+class OtherInit(caprese.GRIFFIN):
+    def __init__(self, mlp):
+        super().__init__(mlp, 0.5, 4, None)
+
+
+class FailsLate(caprese.GRIFFIN):
+    def gather(self, neurons):
+        raise RuntimeError("first line\nsecond line")
+
+
 class NoBatch(caprese.GRIFFIN):
     def statistic(self, x, gate, z, counted=None):
         return super().statistic(x, gate, z, counted).sum(0)
@@ -713,8 +732,12 @@ class Unfinished(caprese.SparseFF):
     (OneRow, "would learn another function than it decodes by"),
     (NoMerge, "does not merge as GRIFFIN's does"),
     (BadMerge, "no attribute 'no_such_thing'; see test_caprese.py, line .*no_such_thing"),
-    (Misspelt, "defines statistics, which nothing calls; is statistic meant"),
-    (MisspeltBesides, "defines corection, which nothing calls; is correction meant"),
+    (Misspelt, "statistics of .* looks like a misspelt statistic"),
+    (MisspeltInBetween, "statistics of .* looks like a misspelt statistic"),
+    (MisspeltBesides, "corection of .* looks like a misspelt correction"),
+    (NoSuchName, "name 'torhc' is not defined; see test_caprese.py, line"),
+    (OtherInit, "takes 2 positional arguments but 5 were given"),
+    (FailsLate, "second line; see test_caprese.py, line"),
     (NoBatch, r"must return \[B, F\], here \[2, 64\], but it returns \[64\]"),
     (AllTokens, r"must return \[B, F\], here \[2, 64\], but it returns \[2, 9, 64\]"),
     (OneColumn, r"must return \[B, T, F\], here \[2, 9, 64\], but it returns \[2, 9, 1\]"),
@@ -729,6 +752,42 @@ def test_a_class_that_cannot_work_is_refused(block, says, device):
     with pytest.raises(ValueError, match=says):
         caprese.attach(model, block)
     assert {type(ff) for ff in caprese.sparse_layers(model).values()} == {caprese.CATS}
+
+
+def test_a_block_may_gather_by_its_own_and_counted_needs_no_default(device):
+    class Own(caprese.SparseFF):
+        """Not a GRIFFIN, though it names its methods as one."""
+        gathers = True
+        statistic, mask = caprese.GRIFFIN.statistic, caprese.GRIFFIN.mask
+        reset, count = caprese.GRIFFIN.reset, caprese.GRIFFIN.count
+
+        def select(self):
+            self.kept = self.mask(self.s.topk(self.num_kept).indices)
+
+        def selection(self, x, gate, z, counted):
+            return self.mask(self.statistic(x, gate, z, counted).topk(self.num_kept).indices)
+
+        def sparsify(self, x, gate, z, kept):
+            return z * kept[:, None]
+
+        def merge(self, s, s_G):
+            return torch.hypot(s, s_G)
+
+        def gather(self, neurons):
+            pass
+
+        def fused(self, x):
+            pass
+
+        def decode(self, x):
+            return self.sparse(x, *self.neurons(x), self.kept)
+
+    class NoDefault(caprese.GRIFFIN):
+        def statistic(self, x, gate, z, counted):
+            return super().statistic(x, gate, z, counted)
+
+    for block in (Own, NoDefault):
+        caprese.attach(tiny.model(device=device), block)
 
 
 def test_a_statistic_that_is_no_number_is_refused(device):

@@ -568,6 +568,6 @@ def test_the_core_compares_text_and_numbers(right):
 
 def test_samples_are_encoded_by_our_tokenizer_alone():
     """transformers' has no chat template in encode, so its ids would be others without a word."""
-    with pytest.raises(ValueError, match="by data.Tokenizer.folder., .* not by Tokenizer"):
+    with pytest.raises(ValueError, match="by data.Tokenizer.folder., .* not by a Tokenizer of"):
         problems = [data.Problem("1 + 1?", "2", "2")]
         data.encode_samples(problems, data.Tokenizer(TINY_MATH).tokenizer)

@@ -278,12 +278,14 @@ def test_evaluation_problems_are_left_out(finetune, samples, tmp_path, capsys):
 
 
 def test_only_maths_asks_for_the_box(finetune, tmp_path):
-    rows = [{"question": "Text: Tom lives in Paris.\n\nWhere?", "answer": "Paris", "kind": "passage",
-             "response": "Tom lives in Paris."}, {"question": "3 + 1?", "answer": "4\n#### 4"}]
+    rows = [{"question": "Tom lives in Paris. Where does Tom live?", "answer": "Paris",
+             "kind": "passage", "response": "Tom lives in Paris. #### Paris"},
+            {"question": "3 + 1?", "answer": "4\n#### 4"}]
     file = write(tmp_path / "both.jsonl", rows)
     args = SimpleNamespace(data=[file], samples=None, exclude=[], max_tokens=512)
     tokenizer = data.Tokenizer(sample.BUNDLED)
-    passage, maths = (tokenizer.decode(prompt) for prompt, _ in
-                      finetune.read_samples(args, tokenizer))
+    found = finetune.read_samples(args, tokenizer)
+    passage, maths = (tokenizer.decode(prompt) for prompt, _ in found)
+    assert ["boxed" in tokenizer.decode(response) for _, response in found] == [False, True]
     assert "boxed" not in passage and "step by step" not in passage
     assert data.BOXED["maths"] in maths and data.INSTRUCTION in maths

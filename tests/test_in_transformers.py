@@ -781,7 +781,7 @@ def test_distill_and_answer(monkeypatch, tmp_path, capsys, rows_of_data):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "command"), (["learn"], "choose from .?distill.?, .?answer"),
+    ([], "distill,answer"), (["learn"], "choose from .?distill.?, .?answer"),
     (["distill"], "--model is needed"),
     (["answer", "--adapter", "a.safetensors", "prompt"], "--model is needed"),
     (["distill", "--model", "x", "--data", "y", "--layerwise", "sequential"], "our own model.py"),
