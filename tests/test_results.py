@@ -101,6 +101,15 @@ def test_every_figure_of_the_tables_has_its_row():
     assert [figure for figure in found if not agrees(figure)] == []
 
 
+def test_figures_with_errors_in_the_prose_have_their_rows():
+    found = [(model, value, error) for model, text in sections().items()
+             for value, error in quoted(re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)) if error]
+    assert len(found) >= 40
+    assert [figure for figure in found if not any(
+        row["model"] == figure[0] and same(figure[1], row["value"])
+        and same(figure[2], row["error"]) for row in ROWS)] == []
+
+
 @pytest.mark.parametrize("model", sections())
 def test_a_wrong_figure_would_be_noticed(model):
     """Without this the test above could pass because it compares nothing."""
