@@ -161,5 +161,7 @@ def test_every_script_that_the_claims_name_exists():
     for *_, command in tables(TEXT)[0][1:]:
         name = command.strip("`")
         if name:
-            file = name.split()[1] if name.startswith("python ") else f"paper/{name}.py"
+            module = name.removeprefix("python -m ")
+            file = name.split()[1] if name.endswith(".py") else f"{module.replace('.', '/')}.py"
+            file = file if "/" in file or name.endswith(".py") else f"paper/{file}"
             assert (ROOT / file).is_file(), command
