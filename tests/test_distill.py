@@ -806,7 +806,8 @@ def test_without_a_terminal_progress_is_lines(tmp_path, command, monkeypatch):
     code, _, err = command("--model", sample.BUNDLED, "--data", file, "--eval-data", file, "--rank",
                            8, "--e2e-epochs", 1, "--e2e-batch-size", 2, "--out", tmp_path / "a")
     assert code == 0 and "\r" not in err
-    assert all(re.match(r"(KL|closed form|E2E): +\d+% ", line) for line in err.splitlines())
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert all(re.match(r"(KL|closed form|E2E|unexplained): +\d+% ", line) for line in lines)
     e2e = [line for line in err.splitlines() if line.startswith("E2E")]
     assert [re.search(r"(\d+)%", line)[1] for line in e2e[:4]] == ["0", "25", "50", "75"]
     assert re.search(r"<\d\d:\d\d.*loss=\d", e2e[3])
