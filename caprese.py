@@ -729,6 +729,8 @@ def check_names(block, name):
     own = [method for base in block.__mro__ if base not in bases and base is not object
            for method in vars(base) if not method.startswith("_")]
     for method in own:
+        if issubclass(block, CATS) and hasattr(GRIFFIN, method) and not hasattr(CATS, method):
+            raise ValueError(f"{name} defines {method}, which is GRIFFIN's; CATS never calls it")
         similar = get_close_matches(method, known, n=1, cutoff=0.85)
         if similar and method not in known:
             raise ValueError(f"{method} of {name} looks like a misspelt {similar[0]}; rename it")

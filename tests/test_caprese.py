@@ -722,6 +722,11 @@ class Uncounted(caprese.GRIFFIN):
         return z.norm(dim=1)
 
 
+class StatisticOfCATS(caprese.CATS):
+    def statistic(self, x, gate, z, counted=None):
+        return z.abs().sum(1)
+
+
 class Unfinished(caprese.SparseFF):
     pass
 
@@ -744,6 +749,7 @@ class Unfinished(caprese.SparseFF):
     (FewArguments, "takes 2 positional arguments but 5 were given"),
     (OtherRowsCount, "another answer alone than beside a second one"),
     (Uncounted, "leave out the tokens where counted is False"),
+    (StatisticOfCATS, "defines statistic, which is GRIFFIN's; CATS never calls it"),
     (Unfinished, "lacks reset, count, select, decode, selection, sparsify"),
     (caprese.SparseFF, "lacks reset")])
 def test_a_class_that_cannot_work_is_refused(block, says, device):
