@@ -27,7 +27,7 @@ import sample
 from model import read_json
 from paper.common import TOP_P, CannotRun, adapter_method, trainable
 from paper.report import commit, write
-from paper.scores import SCORES, right_or_wrong, scores, summary
+from paper.scores import SCORES, differences, right_or_wrong, scores, summary
 
 TEXTS = ("set", "variant", "kind", "question", "answer", "response")  # of a kept answer
 NUMBERS = ("problem", "run", "tokens")
@@ -49,6 +49,7 @@ class Experiment:
             raise CannotRun("this needs samples to learn from: give --train FILE, or no --model")
         self.args, self.folder = args, Path(args.out)
         self.count = self.reused = 0
+        self.scored = {}  # {(variant, name of the set): its answers}
         contents = input_digests(args)  # all files are read before the model is loaded
         self.sets = problem_sets(args)
         self.model, self.tokenizer = sample.load(args)
@@ -218,8 +219,17 @@ class Experiment:
         """The scores of a variant on every problem set, as columns of a table."""
         columns = {}
         for name, problems in self.sets.items():
-            columns |= summary(self.answers(variant, name, problems), f"{name} ")
+            answers = self.answers(variant, name, problems)
+            self.scored[variant, name] = answers
+            columns |= summary(answers, f"{name} ")
         return columns
+
+    def difference_row(self, variant, other):
+        """A row of how many points a variant scores above another; both have score_columns."""
+        row = {"method": f"{variant.name} against {other.name}"}
+        for name in self.sets:
+            row |= differences(self.scored[variant, name], self.scored[other, name], f"{name} ")
+        return row
 
 
 def input_digests(args):

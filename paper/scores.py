@@ -86,13 +86,12 @@ def standard_error(values):
     return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
 
 
-def mean_and_error(answers, score):
-    """(mean, standard error) in percent of a score. Several runs of one problem are one value."""
+def mean_of_runs(answers, score):
+    """[a score of each problem], the mean of its runs; problems in order of their first answer."""
     of_problem = {}
     for answer in answers:
         of_problem.setdefault(answer["problem"], []).append(answer[score])
-    values = [statistics.fmean(values) for values in of_problem.values()]
-    return 100 * statistics.fmean(values), 100 * standard_error(values)
+    return [statistics.fmean(values) for values in of_problem.values()]
 
 
 def summary(answers, prefix=""):
@@ -100,9 +99,28 @@ def summary(answers, prefix=""):
     columns = {}
     for score in SCORES:
         if score in answers[0]:
-            mean, error = mean_and_error(answers, score)
-            columns |= {f"{prefix}{score} %": mean, f"{prefix}{score} ±": error}
+            values = mean_of_runs(answers, score)
+            columns |= {f"{prefix}{score} %": 100 * statistics.fmean(values),
+                        f"{prefix}{score} ±": 100 * standard_error(values)}
     return columns | {f"{prefix}tokens": statistics.fmean(answer["tokens"] for answer in answers)}
+
+
+def differences(answers, others, prefix=""):
+    """Columns of a table: how many points each score lies above that of others to these problems.
+
+    The standard error is that of the mean of the differences, problem by problem. It is at least
+    Wilson's of no difference at all, so never 0.
+    """
+    columns = {}
+    for score in SCORES:
+        if score in answers[0]:
+            pairs = zip(mean_of_runs(answers, score), mean_of_runs(others, score))
+            values = [value - other for value, other in pairs]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            error = max(spread / math.sqrt(len(values)), sample.standard_error(0.0, len(values)))
+            columns |= {f"{prefix}{score} %": 100 * statistics.fmean(values),
+                        f"{prefix}{score} ±": 100 * error}
+    return columns
 
 
 def ratio(numerators, denominators):

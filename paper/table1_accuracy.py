@@ -56,15 +56,25 @@ PAPER = {
 
 
 def main(argv=None):
-    """A row for each variant: the parameters that a token uses, and its scores on every set."""
+    """A row for each variant: the parameters that a token uses, and its scores on every set.
+
+    Then a row for each but the full model: how many points it scores above it, problem by problem.
+    """
     args = common.arguments("paper.table1_accuracy", __doc__, argv)
     experiment = Experiment(args)
-    rows = []
-    for variant in common.variants(args, ("griffin", "cats")):
+    rows, variants = [], common.variants(args, ("griffin", "cats"))
+    for variant in variants:
         active = bench.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
         rows.append(row | experiment.score_columns(variant))
-    return report.show(args, rows, report.draw_scores, PAPER, experiment)
+    full, *others = variants
+    differences = [dict.fromkeys(rows[0]) | experiment.difference_row(variant, full)
+                   for variant in others]
+
+    def draw(figure, _):
+        report.draw_scores(figure, rows)
+
+    return report.show(args, rows + differences, draw, PAPER, experiment)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,18 @@ def test_several_runs_of_one_problem_are_one_value():
     assert mixed["accuracy ±"] == pytest.approx(100 / 3 / 3 ** 0.5)
 
 
+def test_differences_are_taken_problem_by_problem():
+    def answers(*accuracies):
+        return [{"problem": i, "run": 0, "accuracy": a} for i, a in enumerate(accuracies)]
+
+    found = scores.differences(answers(1.0, 0.0, 0.0, 0.0), answers(1.0, 1.0, 0.0, 0.0), "x ")
+    assert found == pytest.approx({"x accuracy %": -25, "x accuracy ±": 25})  # 0.5 / sqrt(4)
+    same = scores.differences(answers(1.0, 0.0), answers(1.0, 0.0))
+    assert same["accuracy %"] == 0 and same["accuracy ±"] == 100 * sample.standard_error(0.0, 2) > 0
+    alone = scores.differences(answers(1.0), answers(0.0))
+    assert alone["accuracy %"] == 100 and alone["accuracy ±"] > 0
+
+
 def test_times_are_ratios_of_sums_with_the_spread_of_the_answers():
     seconds, tokens, right = [1.0, 2.0, 3.0], [10, 20, 30], [1.0, 0.0, 1.0]
     found = scores.timing(seconds, tokens, right)
@@ -783,6 +795,12 @@ def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch
         for row in rows:
             assert 0 < row["best rank 8"] < row["best rank 2"] < row["alone"] < 1
             assert row["best rank 4"] < row["L R rank 4"]
+    if name == "table1_accuracy":
+        table = {row["method"]: row for row in rows}
+        full, griffin = table["full"]["maths accuracy %"], table["GRIFFIN"]["maths accuracy %"]
+        difference = table["GRIFFIN against full"]
+        assert difference["maths accuracy %"] == pytest.approx(griffin - full)
+        assert difference["maths accuracy ±"] > 0 and difference["maths tokens"] is None
     if name == "figure3_coverage":
         assert {row["K"] for row in rows} == {1, 2}
         assert all(0 < row["compute"] <= row["K"] for row in rows)
