@@ -15,16 +15,15 @@ is called as they are: x in, y out. What a call of the model means is its phase,
 
 To change the method, write a subclass and hand it to attach, or to a script by --block
 module:Class. Change `statistic` and `merge` (what makes a neuron worth keeping), `sparsify` (what
-is dropped) or `correction` (what is put back). See "forks" at the end of this file.
+is dropped) or `correction` (what is put back). `try_block`, at the end of this file, sees to it
+that a change takes effect, and beyond/forks.py refuses what cannot work.
 """
 
 import hashlib
 import json
 import math
 import sys
-import traceback
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -389,7 +388,6 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
     if type(rank) is not int or not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
-    # Does the class's compact path compute what its masked path does? See the end of this file.
     gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
     detach(model)
     call = Call()
@@ -649,113 +647,38 @@ def load_tensors(file):
         raise ValueError(f"{file} is not a readable safetensors file ({error})") from None
 
 
-# ---- forks: a change takes effect, or it is refused
+# ---- forks: a change takes effect
 
 @torch.no_grad()
 def try_block(block, act_fn):
     """May a class decode on gathered neurons? It may if both paths compute the same.
 
-    A tiny block of the class is tried. Raises ValueError if a method is missing, fails, returns
-    another shape, or does not agree with the others.
+    A tiny block of the class is tried. If beyond/forks.py is there, it raises ValueError for a
+    class that cannot work.
     """
-    name = method_name(block)
-    check_names(block, name)
     try:
-        return compare_paths(tiny_block(block, act_fn), name)
-    except ValueError:
-        raise
-    except Exception as error:  # the class may fail in any way that Python can
-        raise ValueError(f"{name} fails on a tiny block, with B = 2, T = 9, D = 32 and F = 64: "
-                         f"{' '.join(str(error).split())}; {own_line(error)}") from error
-
-
-def compare_paths(ff, name):
-    """Does the compact path compute what the masked path does? ValueError for other differences.
-
-    Two prompts and one more token each: by the masked path, side by side and alone, by teacher
-    forcing, and by the compact path if the class gathers.
-    """
-    block = type(ff)
-    x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    check_shapes(ff, x, name)
-    alone = decode_last(ff, x[:1], gathers=False)
-    masked = decode_last(ff, x, gathers=False)
-    forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
-    ff.count(x, *ff.neurons(x), None)  # as a reselection does: merge must work
-    ff.select()
-    if getattr(block, "merge", None) is GRIFFIN.merge and not merges(ff, x):
-        raise ValueError(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
-                         "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
-    if not torch.allclose(alone, masked[:1]):
-        raise ValueError(f"{name} gives a prompt another answer alone than beside a second one; "
-                         "each row of a batch must be treated by itself")
-    if not torch.allclose(forced, masked):
-        raise ValueError(f"{name} would learn another function than it decodes by: its "
-                         "teacher_forced does not compute what its count, select and decode do; "
-                         "does it leave out the tokens where counted is False?")
+        from beyond import forks
+    except ImportError:
+        pass
+    else:
+        forks.check(block, act_fn)
     if not block.gathers:
         return False
-    try:
-        same = torch.allclose(decode_last(ff, x[:1], gathers=True), alone)
-    except AttributeError:  # the correction has no L and R to gather
-        same = False
-    if not same and (block.gather, block.fused) != (GRIFFIN.gather, GRIFFIN.fused):
-        raise ValueError(f"{name} brings a gather or a fused that does not compute what its "
-                         "sparsify and correction do")
+    same = paths_agree(tiny_block(block, act_fn))
     if not same:
-        print(f"note: gather and fused do not compute what sparsify and correction of {name} do; "
-              "decoding takes the masked path, which saves no time", file=sys.stderr)
+        print(f"note: gather and fused do not compute what sparsify and correction of "
+              f"{method_name(block)} do; decoding takes the masked path, which saves no time",
+              file=sys.stderr)
     return same
 
 
-def own_line(error):
-    """Where an error came from, outside of torch."""
-    torch_folder = str(Path(torch.__file__).parent)
-    own = [frame for frame in traceback.extract_tb(error.__traceback__)
-           if not frame.filename.startswith(torch_folder)]
-    return f"see {Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line}"
-
-
-def check_names(block, name):
-    """ValueError if a class lacks a method, or defines one that looks like a misspelt one."""
-    needed = ["reset", "count", "select", "decode"]
-    if block.teacher_forced is SparseFF.teacher_forced:
-        needed += ["selection", "sparsify"]
-    missing = [method for method in needed if not hasattr(block, method)]
-    if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
-    bases = [base for base in block.__mro__ if base.__module__ == __name__]
-    known = {method for base in [GRIFFIN, *bases] for method in dir(base)}
-    own = [method for base in block.__mro__ if base not in bases and base is not object
-           for method in vars(base) if not method.startswith("_")]
-    for method in own:
-        if issubclass(block, CATS) and hasattr(GRIFFIN, method) and not hasattr(CATS, method):
-            raise ValueError(f"{name} defines {method}, which is GRIFFIN's; CATS never calls it")
-        similar = get_close_matches(method, known, n=1, cutoff=0.85)
-        if similar and method not in known:
-            raise ValueError(f"{method} of {name} looks like a misspelt {similar[0]}; rename it")
-
-
-def check_shapes(ff, x, name):
-    """ValueError if statistic or sparsify of a GRIFFIN returns a tensor of another shape."""
-    if not isinstance(ff, GRIFFIN):
-        return
-    gate, z = ff.neurons(x)
-    s = ff.statistic(x, gate, z, None)
-    if s.shape != (2, 64):
-        raise ValueError(f"statistic of {name} must return [B, F], here [2, 64], but it returns "
-                         f"{list(s.shape)}")
-    kept_z = ff.sparsify(x, gate, z, ff.selection(x, gate, z, None))
-    if kept_z.shape != z.shape:
-        raise ValueError(f"sparsify of {name} must return [B, T, F], here [2, 9, 64], but it "
-                         f"returns {list(kept_z.shape)}")
-
-
-def merges(ff, x):
-    """Is the statistic of the tokens x [B, T, D] the merged one of two parts of them?"""
-    whole, first, rest = (ff.statistic(part, *ff.neurons(part), None)
-                          for part in (x, x[:, :4], x[:, 4:]))
-    return torch.allclose(ff.merge(first, rest), whole)
+def paths_agree(ff):
+    """Does the compact path compute what the masked path does?"""
+    x = torch.randn(1, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.allclose(decode_last(ff, x, gathers=True), decode_last(ff, x, gathers=False))
+    except AttributeError:  # the correction has no L and R to gather
+        return False
 
 
 def decode_last(ff, x, gathers):
