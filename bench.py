@@ -222,7 +222,7 @@ SHAPES = {name: dict(zip(SIZES, sizes)) for name, *sizes in (
 
 def make_model(args):
     """The model of --model, or random weights for --shape; with --graphs it decodes by graphs."""
-    # Random weights get the dtype that a checkpoint would get.
+    # Random weights of a shape get the dtype that a model's own weights would get.
     named = argparse.Namespace(**vars(args) | {"model": args.model or args.shape})
     dtype = sample.choose_dtype(named)
     if args.model:
@@ -286,7 +286,7 @@ def variants(args):
 
 def arguments(argv=None, description=__doc__.splitlines()[0]):
     """The command line, its defaults filled in; ValueError for what cannot be measured."""
-    # "resolve": the second --model replaces the one of common_arguments.
+    # "resolve", of argparse: the second --model replaces the one of common_arguments.
     parser = sample.ArgumentParser(description=description, conflict_handler="resolve")
     add = sample.common_arguments(parser).add_argument
     weights = parser.add_mutually_exclusive_group()

@@ -1,11 +1,11 @@
 """The paper, equation by equation: GRIFFIN, CATS and the low-rank correction x L R.
 
-Letters in the shape comments: B batch, T tokens, D hidden_size, F intermediate_size, k kept
-neurons, r rank.
+Letters in the shape comments: B batch, T tokens, S prompt tokens, D hidden_size, V vocab_size, k
+kept neurons, r rank, F intermediate_size (F_ in code, where F is torch.nn.functional).
 
-`attach(model, "griffin", density=0.5, rank=16)` replaces gated MLPs by GRIFFIN, a SparseFF, which
-is called as they are: x in, y out. What a call of the model means is its phase, which is set by
-`with phase(model, ...)`:
+`attach(model, "griffin", density=0.5, rank=16)` puts a GRIFFIN, a SparseFF, in place of each gated
+MLP. Like the MLP it maps x to y. What it computes depends on the phase of the model's call, which
+is set by `with phase(model, ...)`:
 
     full             the original FF (the default)
     count            the original FF; its tokens are counted for the selection
@@ -15,8 +15,9 @@ is called as they are: x in, y out. What a call of the model means is its phase,
 
 To change the method, write a subclass and hand it to attach, or to a script by --block
 module:Class. Change `statistic` and `merge` (what makes a neuron worth keeping), `sparsify` (what
-is dropped) or `correction` (what is put back). `try_block`, at the end of this file, sees to it
-that a change takes effect, and beyond/forks.py refuses what cannot work.
+is dropped) or `correction` (what is put back). The fused path would ignore a change of the last two
+alone; `may_gather`, at the end of this file, notices it, and decoding takes the masked path.
+beyond/forks.py refuses a class that cannot work.
 """
 
 import hashlib
@@ -38,15 +39,6 @@ NOTHING_COUNTED = "no prompt selects: run one in the phase count, then call capr
 
 # ---- the sparse FF block
 
-class Call:
-    """The phase of a model's next call, and its masks; all sparse layers of the model share it."""
-    phase = "full"
-    counted = None    # bool [B, T]: in phase count, the tokens to count; None means all
-    generated = None  # bool [B, T]: in phase teacher_forced, the tokens that are generated
-    by_hand = False   # True within `with phase(...)`: then beyond/in_transformers.py keeps out
-    hooks = ()        # of beyond/in_transformers.py
-
-
 class SparseFF(nn.Module):
     """Stands in for a gated MLP with gate_proj, up_proj, down_proj and act_fn.
 
@@ -60,11 +52,12 @@ class SparseFF(nn.Module):
         sparsify(x, gate, z, selection)     z [B, T, F] with the dropped neurons at zero
         decode(x)                           sparse(...) by the last selection, [B, T, D]
 
-    where gate and z are those of `neurons`.
+    where gate and z are those of `neurons`. What is selected is kept [B, F] in GRIFFIN, tau [B] in
+    CATS. select() stores it for decode(); selection() returns it, for teacher forcing and (7).
     """
     row_state = ()       # names of the method's tensors that have an entry for each row of a batch
     gathers = False      # True: it may decode on gathered neurons, by `gather` and `fused`
-    sparse_matrices = 0  # how many of Wg, W1, W2 a generated token reads at kept neurons alone
+    sparse_matrices = 0  # of how many of Wg, W1 and W2 a generated token reads kept neurons alone
 
     def __init__(self, mlp, density, rank, call):
         super().__init__()
@@ -101,7 +94,7 @@ class SparseFF(nn.Module):
 
     # -- the correction
 
-    @torch.inference_mode(False)  # or the correction could never learn
+    @torch.inference_mode(False)  # a parameter made in inference mode never gets a gradient
     def new_adapter(self, rank):
         """Create L and R. R is zero, so that training starts from the sparse method exactly."""
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
@@ -113,8 +106,8 @@ class SparseFF(nn.Module):
     def set_adapter(self, L, R):
         """Take L [D, r] and R [r, D] as the correction; r may be another than before.
 
-        Decoding takes them up at the next select(). Raises ValueError if the shapes do not fit or
-        a value is not finite.
+        The compact path copies them at the next select(), all else reads them at once. Raises
+        ValueError if the shapes do not fit or a value is not finite.
         """
         D, device = self.gate_proj.in_features, self.gate_proj.weight.device
         fits = L.dim() == 2 and len(L) == D and R.shape == (L.shape[1], D)
@@ -149,10 +142,11 @@ class SparseFF(nn.Module):
         """FF(x) - FF_sparse(x), what (7) regresses on x: [B, T, D] -> [B, T, D]."""
         gate, z = self.neurons(x)
         selection = self.selection(x, gate, z, ~generated)
+        # down_proj is linear and has no bias, so the difference may be taken before it.
         return self.down_proj(z - self.sparsify(x, gate, z, selection))
 
     def active_parameters(self):
-        """How many parameters a generated token uses: kept neurons and the correction."""
+        """How many parameters a generated token reads: kept neurons and the correction."""
         D, F_ = self.gate_proj.in_features, self.gate_proj.out_features
         dropped = self.sparse_matrices * D * (F_ - self.num_kept)
         return sum(p.numel() for p in self.parameters()) - dropped
@@ -183,9 +177,9 @@ class SparseFF(nn.Module):
 class GRIFFIN(SparseFF):
     """Keeps the k neurons with the largest statistic s over the prompt.
 
-    s [B, F] is the statistic of the tokens counted so far. If all rows keep the same neurons, they
-    are gathered, and three small dense products decode: the compact path. Otherwise each row has
-    its mask, kept [B, F].
+    s [B, F] is the statistic of the tokens counted so far. If all rows keep the same neurons, as a
+    single row always does, they are gathered, and three small dense products decode: the compact
+    path. Otherwise each row has its mask, kept [B, F].
     """
     row_state = ("s", "kept")
     gathers = True
@@ -206,7 +200,7 @@ class GRIFFIN(SparseFF):
         """s over the tokens where counted [B, T] is True: z [B, T, F] -> [B, F].
 
         Zbar_i = |Z_i| / ||Z_i||_2 for each token i, then s_j = ||Zbar[:, j]||_2 for each neuron j.
-        s does not see signs, so |Z_i| is left as Z_i below.
+        Norms do not see signs, so the code leaves the absolute value out.
         """
         z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 is too coarse for sums
         Zbar = F.normalize(z, dim=-1)                           # [B, T, F]
@@ -295,7 +289,10 @@ class GRIFFIN(SparseFF):
 
 
 def copy_columns(weight, columns, out):
-    """Copy columns [k] of weight [D, F] into out [D, k]. Integers take half of bfloat16's time."""
+    """Copy columns [k] of weight [D, F] into out [D, k].
+
+    Viewed as integers of the same size: on a CPU torch.gather takes twice the time in bfloat16.
+    """
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.itemsize]
     columns = columns.expand(len(weight), -1)  # [D, k]
     torch.gather(weight.detach().view(bits), 1, columns, out=out.view(bits))
@@ -306,7 +303,7 @@ def copy_columns(weight, columns, out):
 class CATS(SparseFF):
     """Keeps, for each token, the neurons whose gate is at least tau [B] in magnitude.
 
-    prompt_tau is that of the prompt counted last, tau that of the last selection.
+    count() measures prompt_tau; select() makes it tau, which decode() uses.
     """
     row_state = ("prompt_tau", "tau")
     sparse_matrices = 2  # all of Wg is needed to choose the neurons
@@ -365,7 +362,17 @@ def quantile(values, q):
 METHODS = {"griffin": GRIFFIN, "cats": CATS}
 
 
-# ---- a model with sparse FF blocks
+# ---- a model with sparse FF blocks. reset, select and reorder call the blocks' own, layer by layer
+
+class Call:
+    """The phase of a model's next call, and its masks; all sparse layers of the model share it."""
+    phase = "full"
+    counted = None    # bool [B, T]: in phase count, the tokens to count; None means all
+    generated = None  # bool [B, T]: in phase teacher_forced, the tokens that are generated
+    # Of beyond/in_transformers.py alone: True within `with phase(...)`, and the model's hooks.
+    by_hand = False
+    hooks = ()
+
 
 def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     """Replace the MLPs of `layers` by sparse ones; attaching again starts afresh.
@@ -388,14 +395,14 @@ def attach(model, method="griffin", density=0.5, layers=None, rank=0):
     hidden_size = all_layers[indices[0]].mlp.gate_proj.in_features
     if type(rank) is not int or not 0 <= rank <= hidden_size:
         raise ValueError(f"rank is {rank}, but it must lie in 0..{hidden_size}, the hidden_size")
-    gathers = try_block(block, all_layers[indices[0]].mlp.act_fn)
+    gathers = may_gather(block, all_layers[indices[0]].mlp.act_fn)
     detach(model)
     call = Call()
     if of_transformers(model):
         call.hooks = in_transformers.watch(model, call)
     for i in indices:
         ff = block(all_layers[i].mlp, density, rank, call)
-        # Of weights that are spread over several devices no neuron can be gathered.
+        # Weights that are spread over several devices are a DTensor: no neuron can be gathered.
         ff.gathers = gathers and type(ff.gate_proj.weight) is nn.Parameter
         all_layers[i].mlp = ff
     return model
@@ -594,7 +601,7 @@ def load_adapter(model, file, density=None, method=None):
     tensors, about = read_adapter(file)
     block = method or METHODS.get(about["method"])
     block = METHODS.get(block, block)
-    if block is None or method_name(block) != about["method"]:
+    if not isinstance(block, type) or method_name(block) != about["method"]:
         raise ValueError(f"{file} was made for the method {about['method']}; give that class, "
                          "in a script by --block module:Class")
     own = fingerprint(model)
@@ -650,7 +657,7 @@ def load_tensors(file):
 # ---- forks: a change takes effect
 
 @torch.no_grad()
-def try_block(block, act_fn):
+def may_gather(block, act_fn):
     """May a class decode on gathered neurons? It may if both paths compute the same.
 
     A tiny block of the class is tried. If beyond/forks.py is there, it raises ValueError for a

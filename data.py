@@ -37,7 +37,8 @@ class Problem:
 # ---- Generated problems. The bundled model learned exactly these: keep every call of rng in place
 
 NAMES = "Tom Ann Ben Eva Max Lily Sam Mia Leo Zoe Dan Ivy Jack Rosa Omar Nina".split()
-THINGS = "apples books coins cards shells stamps marbles pencils stickers buttons beads cookies"
+THINGS = ("apples books coins cards shells stamps marbles pencils stickers buttons beads "
+          "cookies").split()
 FACTS = {  # a fact about a person: the question that asks for it, and its values
     "lives in {}": ("Where does {} live?", "Paris London Rome Cairo Oslo Lima Delhi Tokyo"),
     "likes {}": ("What does {} like?", "rice soup bread cheese fish pasta salad cake"),
@@ -81,7 +82,7 @@ def make_maths(rng, steps=None):
     One running number in 1..99 changes step by step. Some steps hand it on to another person.
     """
     steps = steps or rng.randint(2, 8)
-    who, thing, value = rng.choice(NAMES), rng.choice(THINGS.split()), rng.randint(2, 50)
+    who, thing, value = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 50)
     story, chain = [f"{who} has {value} {thing}."], []
     for _ in range(steps):
         op, n = rng.choice(possible_steps(value, rng))
@@ -222,7 +223,7 @@ def batch_indices(samples, batch_size, seed=None):
     if seed is not None:
         rng.shuffle(order)  # the sort leaves samples of equal length in this order
     order.sort(key=lambda i: sum(map(len, samples[i])))
-    if seed is not None:  # each sample moves back by less than a batch
+    if seed is not None:  # each sample moves by less than a batch
         places = {i: place + batch_size * rng.random() for place, i in enumerate(order)}
         order.sort(key=places.get)
     found = [order[start:start + batch_size] for start in range(0, len(order), batch_size)]

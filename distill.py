@@ -40,7 +40,7 @@ RECIPES = {
 EVALUATION_SEED = 1234     # of the held-out problems
 UNEXPLAINED_SAMPLES = 256  # training samples that the table's column is measured on
 LOGIT_CHUNK = 1024         # tokens whose logits are in memory at once
-ENOUGH = 4                 # training tokens for each entry of x, below which a note warns
+TOKENS_PER_WIDTH = 4       # fewer response tokens than so many hidden sizes: a note warns
 
 
 # ---- layer-wise, equation (7), in closed form
@@ -50,7 +50,7 @@ def visit_residuals(model, batch, visit):
     """Run the full model over a batch; at each sparse layer, call visit(ff, x, e).
 
     x [N, D] is the FF's input and e [N, D] the residual FF(x) - FF_sparse(x), of the N response
-    tokens. Nothing is kept.
+    tokens: they alone go through the sparse FF. No x or e outlives its visit.
     """
     def hook(ff, inputs, output):
         x = inputs[0]
@@ -60,7 +60,7 @@ def visit_residuals(model, batch, visit):
     hooks = [ff.register_forward_hook(hook) for ff in caprese.sparse_layers(model).values()]
     try:
         with caprese.phase(model, "full"):
-            embeddings(model, batch.tokens)
+            embeddings(model, batch.tokens)  # for the hooks alone
     finally:
         for registered in hooks:
             registered.remove()
@@ -94,7 +94,10 @@ def check_closed_form(model):
 
 
 def new_moments(ff):
-    """Zeros for A = sum x^T x and C = sum x^T e, both [D, D] in float64."""
+    """Zeros for A = sum x^T x and C = sum x^T e, both [D, D].
+
+    They are sums in float64 of products in float32, which are fast and exact enough.
+    """
     D, device = ff.gate_proj.in_features, ff.L.device
     return torch.zeros(2, D, D, dtype=torch.float64, device=device).unbind()
 
@@ -121,19 +124,22 @@ def closed_form(A, C, rank, eps=1e-6):
     """The minimiser of (7): reduced-rank regression of e on x from their moments A and C [D, D].
 
     Exactly, it minimises sum |e - x L R|^2 + ridge |L R|^2, where the ridge is eps times the mean
-    of A's diagonal. B = (A + ridge I)^-1 C is the solution of full rank. Among all maps of rank r
-    the best is B V V^T, where V are the top r eigenvectors of C^T B = B^T (A + ridge I) B.
-    Returns L = B V [D, r] and R = V^T [r, D], best directions first.
+    of A's diagonal. M = (A + ridge I)^-1 C is the solution of full rank. Among all maps of rank r
+    the best is M V V^T, where V are the top r eigenvectors of C^T M = M^T (A + ridge I) M.
+    Returns L = M V [D, r] and R = V^T [r, D], best directions first.
     """
     ridge = eps * A.diagonal().mean().clamp_min(1e-30)
-    B = torch.linalg.solve(A + ridge * torch.eye(len(A), dtype=A.dtype, device=A.device), C)
-    eigenvectors = torch.linalg.eigh(C.T @ B).eigenvectors  # smallest eigenvalues first
+    M = torch.linalg.solve(A + ridge * torch.eye(len(A), dtype=A.dtype, device=A.device), C)
+    eigenvectors = torch.linalg.eigh(C.T @ M).eigenvectors  # smallest eigenvalues first
     V = eigenvectors.flip(1)[:, :rank]
-    return B @ V, V.T
+    return M @ V, V.T
 
 
 def squared_error(ff, x, e):
-    """The sum over the tokens x [N, D] of |FF(x) - FF_sparse(x) - x L R|^2, as in (7)."""
+    """|FF(x) - FF_sparse(x) - x L R|^2 of (7), summed over the tokens x [N, D].
+
+    (7) is its mean; train() divides by the number of tokens.
+    """
     return (e - ff.correction(x)).float().square().sum()  # (7)
 
 
@@ -185,45 +191,8 @@ def e2e_backward(model, batch, distance):
 
 
 def mse(student, teacher):
-    """Equation (8): the MSE between final embeddings [N, D], summed over the tokens."""
+    """Equation (8): the MSE between final embeddings [N, D], summed over the tokens as in (7)."""
     return (student.float() - teacher.float()).square().mean(-1).sum()  # (8)
-
-
-def kl_divergence(model, student, teacher):
-    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats.
-
-    Summed over the tokens of the final embeddings [N, D].
-    """
-    chunks = zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK))
-    return sum(recompute_later(kl_of_chunk, model, s, t, use_reentrant=False) for s, t in chunks)
-
-
-def kl_of_chunk(model, student, teacher):
-    """The same of so few tokens that their logits fit into memory."""
-    full = logits(model, teacher).float().log_softmax(-1)  # [N, V]
-    sparse = logits(model, student).float().log_softmax(-1)
-    return F.kl_div(sparse, full, log_target=True, reduction="sum")
-
-
-@torch.no_grad()
-def kl_to_full(model, samples, micro_batch=4):
-    """Mean KL(full || sparse) in nats over the response positions that predict a response token."""
-    total, num_tokens = 0.0, 0
-    batches = data.batch_indices(samples, micro_batch)
-    for indices in sample.progress(batches, "KL", len(batches)):
-        batch = data.collate(samples, indices, model.device)
-        followed = batch.response[:, :-1] & batch.response[:, 1:]
-        with caprese.phase(model, "full"):
-            full = embeddings(model, batch.tokens)[:, :-1][followed]  # [N, D]
-        with caprese.phase(model, "teacher_forced", generated=batch.generated):
-            sparse = embeddings(model, batch.tokens)[:, :-1][followed]
-        total += float(kl_divergence(model, sparse, full))
-        num_tokens += len(full)
-    if not math.isfinite(total):
-        raise overflow(model.dtype)
-    if num_tokens == 0:
-        raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
-    return total / num_tokens
 
 
 # ---- Adam
@@ -264,7 +233,7 @@ def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16
     for parameter in learned.values():
         parameter.requires_grad_(True)
     optimizer = torch.optim.Adam(learned.values(), lr=lr)
-    state = learned | adam_memory(optimizer, learned)
+    state = learned | adam_memory(optimizer, learned)  # what a resumed run restores
     schedule = []
     for epoch in range(epochs):
         schedule += data.batch_indices(samples, batch_size, seed + epoch)  # new ones each epoch
@@ -281,8 +250,8 @@ def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16
         num_tokens = sum(len(samples[i][1]) for i in schedule[step])
         gradients = [parameter.grad for parameter in learned.values()]
         all_reduce(loss, *gradients)
-        for gradient in gradients:  # only now a mean: in float16 the gradients of a mean vanish
-            gradient /= num_tokens
+        for gradient in gradients:
+            gradient /= num_tokens  # the mean of (7), (8); in float16 a mean's gradient may vanish
         if not all(tensor.isfinite().all() for tensor in (loss, *gradients)):
             raise overflow(model.dtype)
         rise = (step + 1) / warm_up                     # to 1, over the first 2% of the steps
@@ -294,16 +263,6 @@ def train(model, samples, backward, name, lr, epochs, batch_size, micro_batch=16
             checkpoint.save(name, step + 1, state)
 
 
-def adam_memory(optimizer, parameters):
-    """{name: tensor} of what Adam remembers of {name: parameter}; zeros, for a resume to fill."""
-    memory = {}
-    for name, p in parameters.items():
-        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}
-        memory |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
-    return memory
-
-
 def overflow(dtype):
     """The error for numbers that are inf or NaN."""
     if dtype == torch.float16:
@@ -312,7 +271,46 @@ def overflow(dtype):
                       "learning rate is too high")
 
 
-# ======== The paper ends here. Below: models of others, processes, files, flags ========
+# ======== The paper ends here. Below: KL, models of others, processes, files, flags ========
+
+# ---- ours: KL in place of (8), and to measure by
+
+def kl_divergence(model, student, teacher):
+    """Ours, in place of (8): KL(full || sparse) of the next-token distributions, in nats.
+
+    Summed over the tokens of the final embeddings [N, D].
+    """
+    chunks = zip(student.split(LOGIT_CHUNK), teacher.split(LOGIT_CHUNK))
+    return sum(recompute_later(kl_of_chunk, model, s, t, use_reentrant=False) for s, t in chunks)
+
+
+def kl_of_chunk(model, student, teacher):
+    """The same of so few tokens that their logits fit into memory."""
+    full = logits(model, teacher).float().log_softmax(-1)  # [N, V]
+    sparse = logits(model, student).float().log_softmax(-1)
+    return F.kl_div(sparse, full, log_target=True, reduction="sum")
+
+
+@torch.no_grad()
+def kl_to_full(model, samples, micro_batch=4):
+    """Mean KL(full || sparse) in nats over the response positions that predict a response token."""
+    total, num_tokens = 0.0, 0
+    batches = data.batch_indices(samples, micro_batch)
+    for indices in sample.progress(batches, "KL", len(batches)):
+        batch = data.collate(samples, indices, model.device)
+        followed = batch.response[:, :-1] & batch.response[:, 1:]
+        with caprese.phase(model, "full"):
+            full = embeddings(model, batch.tokens)[:, :-1][followed]  # [N, D]
+        with caprese.phase(model, "teacher_forced", generated=batch.generated):
+            sparse = embeddings(model, batch.tokens)[:, :-1][followed]
+        total += float(kl_divergence(model, sparse, full))
+        num_tokens += len(full)
+    if not math.isfinite(total):
+        raise overflow(model.dtype)
+    if num_tokens == 0:
+        raise ValueError("no response of an evaluation file has two tokens, so it has no KL")
+    return total / num_tokens
+
 
 # ---- the model's parts, ours or transformers'
 
@@ -368,6 +366,16 @@ def micro_batches(samples, indices, micro_batch, device):
 
 
 # ---- interruption
+
+def adam_memory(optimizer, parameters):
+    """{name: tensor} of what Adam remembers of {name: parameter}: zeros, which a resume fills."""
+    memory = {}
+    for name, p in parameters.items():
+        optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+        memory |= {f"{name}.{key}": value for key, value in optimizer.state[p].items()}
+    return memory
+
 
 class Checkpoint:
     """What an interrupted run leaves: the tensors of its stage, the step, the table, the settings.
@@ -431,9 +439,9 @@ def print_samples(samples, model, out):
     count = sum(len(response) for _, response in samples)
     print(f"{len(samples)} samples, {count} response tokens.", file=out)
     hidden_size = caprese.decoder(model).config.hidden_size
-    if count < ENOUGH * hidden_size:
-        print(f"note: {count} response tokens are fewer than {ENOUGH} times the hidden_size, "
-              f"{hidden_size}: x L R may memorise them", file=sys.stderr)
+    if count < TOKENS_PER_WIDTH * hidden_size:
+        print(f"note: {count} response tokens are fewer than {TOKENS_PER_WIDTH} times the "
+              f"hidden_size, {hidden_size}: x L R may memorise them", file=sys.stderr)
 
 
 def layerwise_stage(model, samples, args, checkpoint):
@@ -448,7 +456,7 @@ def layerwise_stage(model, samples, args, checkpoint):
         return
     learned = caprese.adapter_parameters(model)
     if checkpoint.restore("layer-wise", learned) == 0:
-        by_length = data.batch_indices(samples, len(samples))[0]
+        by_length = data.batch_indices(samples, len(samples))[0]  # all of them, as one batch
         fit_closed_form(model, list(micro_batches(samples, by_length, args.micro_batch,
                                                   model.device)))
         checkpoint.save("layer-wise", 1, learned)

@@ -1,8 +1,8 @@
 """A Llama-style transformer that loads official weights. It knows nothing of sparsity.
 
-Letters in the shape comments: B batch, T tokens of this call, S positions that attention reads,
+Letters in the shape comments: B batch, T tokens of this call, N positions that attention reads,
 D hidden_size, H query heads, K key/value heads, d head_dim, F intermediate_size, V vocab_size.
-Modules have their official names, so a checkpoint's tensors fit without renaming.
+Modules have their official names, so official weights fit without renaming.
 Where the families (llama, mistral, qwen2, qwen3, gemma2) differ, the code asks a field of Config,
 never the family's name.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute_later
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -52,7 +52,7 @@ class Config:
     query_pre_attn_scalar: float | int | None = None  # attention scale: this (or d) to the -1/2
     attn_logit_softcapping: float | int | None = None
     final_logit_softcapping: float | int | None = None
-    dtype: torch.dtype = torch.float32  # of the checkpoint
+    dtype: torch.dtype = torch.float32  # of the stored weights
 
     def __post_init__(self):
         for field in fields(self):
@@ -153,7 +153,7 @@ class Cache:
         self.set_lengths(self.lengths)
 
     def num_keys(self, T):
-        """S, how many positions attention reads in a call of T tokens.
+        """N, how many positions attention reads in a call of T tokens.
 
         Raises ValueError if the cache has no room for them.
         """
@@ -163,9 +163,9 @@ class Cache:
         return self.max_length + T
 
     def write(self, layer, k, v, positions):
-        """Store k, v [B, K, T, d] at positions [B, T]; return all keys and values [B, K, S, d]."""
+        """Store k, v [B, K, T, d] at positions [B, T]; return all keys and values [B, K, N, d]."""
         T = k.shape[2]
-        S = self.num_keys(T)
+        N = self.num_keys(T)
         for stored, new in ((self.k[layer], k), (self.v[layer], v)):
             if self.ragged:
                 # scatter_ would do the same, but on a CPU it copies all that is stored.
@@ -173,11 +173,11 @@ class Cache:
                 stored.transpose(1, 2).index_put_((rows, positions), new.transpose(1, 2))
             else:  # all positions are the same: a plain copy
                 stored[:, :, self.max_length:self.max_length + T] = new
-        return self.k[layer][:, :, :S], self.v[layer][:, :, :S]
+        return self.k[layer][:, :, :N], self.v[layer][:, :, :N]
 
 
 def attention_mask(positions, num_keys, window=None):
-    """Bool [B, 1, T, S]: key j is seen from position i if i - window < j <= i."""
+    """Bool [B, 1, T, N]: key j is seen from position i if i - window < j <= i."""
     j = torch.arange(num_keys, device=positions.device)
     i = positions[:, None, :, None]
     past = j <= i
@@ -211,15 +211,15 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k), *rope).transpose(1, 2)  # [B, K, T, d]
         v = v.transpose(1, 2)                              # [B, K, T, d]
         if cache is not None:
-            k, v = cache.write(self.layer, k, v, positions)  # [B, K, S, d]
+            k, v = cache.write(self.layer, k, v, positions)  # [B, K, N, d]
         attend = self.attend_capped if self.softcap else self.attend
         out = attend(q, k, v, mask)  # [B, H, T, d]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
     def attend(self, q, k, v, mask):
-        """q [B, H, T, d], k and v [B, K, S, d] -> [B, H, T, d].
+        """q [B, H, T, d], k and v [B, K, N, d] -> [B, H, T, d].
 
-        mask is bool [B, 1, T, S]. It is None in two cases: one token that sees all keys, or T = S
+        mask is bool [B, 1, T, N]. It is None in two cases: one token that sees all keys, or T = N
         tokens of which each sees itself and those before it.
         """
         B, H, T, d = q.shape
@@ -239,13 +239,13 @@ class Attention(nn.Module):
         Here the mask is never None.
         """
         B, H, T, d = q.shape
-        K, S = k.shape[1:3]
+        K, N = k.shape[1:3]
         q = q.reshape(B, K, H // K * T, d)  # query heads that share a key/value head
-        scores = q @ k.mT * (self.scale / self.softcap)  # [B, K, H/K * T, S]
+        scores = q @ k.mT * (self.scale / self.softcap)  # [B, K, H/K * T, N]
         scores = torch.tanh(scores) * self.softcap
-        scores = scores.view(B, H, T, S).masked_fill(~mask, -math.inf)
+        scores = scores.view(B, H, T, N).masked_fill(~mask, -math.inf)
         weights = torch.softmax(at_least_float32(scores), dim=-1).to(v.dtype)
-        out = weights.view(B, K, H // K * T, S) @ v  # [B, K, H/K * T, d]
+        out = weights.view(B, K, H // K * T, N) @ v  # [B, K, H/K * T, d]
         return out.view(B, H, T, d)
 
 
@@ -313,7 +313,8 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         for layer, inputs in zip(self.layers, self.layer_inputs(tokens, cache)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *inputs, use_reentrant=False, preserve_rng_state=False)
+                x = recompute_later(layer, x, *inputs, use_reentrant=False,
+                                    preserve_rng_state=False)
             else:
                 x = layer(x, *inputs)
         if cache is not None:
@@ -344,7 +345,7 @@ class Decoder(nn.Module):
             num_keys, ragged = cache.num_keys(T), cache.ragged
         rope = self.rope(positions)
         # No mask is needed if the one new token sees all keys (T = 1), or if all keys are of this
-        # call (T = S), where the fused kernel's own causal rule is enough. It cannot cap scores.
+        # call (T = N), where the fused kernel's own causal rule is enough. It cannot cap scores.
         capped = self.config.attn_logit_softcapping is not None
         plain = T in (1, num_keys) and not ragged and not capped
         masks = {}
@@ -398,7 +399,7 @@ class Transformer(nn.Module):
     def decode(self, tokens, cache):
         """One decode step: tokens [B] int64 -> logits [B, V]; the cache advances by one token."""
         onednn = torch.backends.mkldnn.enabled
-        if len(tokens) == 1:  # for one row in bfloat16 torch's own CPU product is faster
+        if len(tokens) == 1:  # torch's own product of one row, measured in bfloat16, is faster
             torch.backends.mkldnn.enabled = False
         try:
             hidden_states = self.model(tokens[:, None], cache)  # [B, 1, D]

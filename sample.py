@@ -26,49 +26,6 @@ HARD_SEED = 1  # of the problem that is answered without a prompt
 SHRINK = 0.75  # a batch drops its finished rows when at most this part of its rows is unfinished
 
 
-# ---- the next token
-
-def distribution(logits, temperature=0.0, top_p=1.0):
-    """The probabilities [B, V] that tokens are drawn with, from logits [B, V].
-
-    At temperature 0 the best token has all of it. top_p keeps the smallest set of most likely
-    tokens whose probabilities add up to at least top_p. Raises ValueError if a row is not finite.
-    """
-    check_finite(logits)
-    if temperature == 0:
-        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
-    p = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        descending, order = p.sort(dim=-1, descending=True)
-        # Drop a token if those before it already add up to top_p.
-        descending[descending.cumsum(dim=-1) - descending >= top_p] = 0
-        p = torch.zeros_like(p).scatter(1, order, descending)
-    return p / p.sum(dim=-1, keepdim=True)
-
-
-def draw(p, generator=None):
-    """Tokens [B] int64 from probabilities [B, V], by one random number a row."""
-    cumulative = p.cumsum(dim=-1)
-    uniform = torch.rand(len(p), 1, device=p.device, dtype=p.dtype, generator=generator)
-    # 1 - uniform is never 0, so a token of probability 0 is never drawn.
-    return torch.searchsorted(cumulative, cumulative[:, -1:] * (1 - uniform)).squeeze(1)
-
-
-def choose(logits, temperature=0.0, top_p=1.0, generator=None):
-    """Next tokens [B] int64 from logits [B, V]: the best ones at temperature 0, else drawn."""
-    if temperature == 0:
-        check_finite(logits)
-        return logits.argmax(dim=-1)
-    return draw(distribution(logits, temperature, top_p), generator)
-
-
-def check_finite(logits):
-    """ValueError if the best of a row of logits [B, V] is infinite or no number."""
-    if not logits.amax(dim=-1).isfinite().all():
-        raise ValueError(f"the logits are not finite in {logits.dtype}: the dtype overflows (try "
-                         "--dtype bfloat16 or float32), or weights or L and R are damaged")
-
-
 # ---- prefill, select, decode, reselect
 
 @torch.no_grad()
@@ -76,13 +33,14 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
            prompt_lengths=None, samples=1, generator=None):
     """Yield the next tokens [B * samples] int64, step by step, until every row has ended.
 
-    tokens are [B, S] int64; prompts of different lengths are padded on the right, and
-    prompt_lengths [B] are given. samples continues each prompt that often. A row ends with a token
-    of stop_ids, which it then repeats, or where its context is full; then it gives -1. reselect is
-    rho: after every rho tokens the full model runs over them again, which rewrites their cache
-    entries, and GRIFFIN selects its neurons anew (section 4.1.1). One stream of a model at a time:
-    the next one takes over the selection. Raises ValueError on settings out of range, on a prompt
-    that fills the context, and on logits that are not finite.
+    These are max_new_tokens steps at most. tokens are [B, S] int64; prompts of different lengths
+    are padded on the right, and prompt_lengths [B] are given. Each prompt is continued `samples`
+    times. A row that has drawn one of stop_ids yields it again until the others have ended; a row
+    whose context is full yields -1. reselect is rho: after every rho tokens the full model runs
+    over them again, which rewrites their cache entries, and GRIFFIN selects its neurons anew
+    (section 4.1.1). One stream of a model at a time: the next one takes over the selection. Raises
+    ValueError on settings out of range, on a prompt that fills the context, and on logits that are
+    not finite.
     """
     check_decoding(max_new_tokens, temperature, top_p, reselect, samples)
     lengths = check_context(model, tokens, prompt_lengths)
@@ -94,7 +52,7 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
     output = torch.zeros_like(lengths)                       # [B * samples], the newest tokens
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     rows = torch.arange(len(lengths), device=tokens.device)  # those that are still decoded
-    fed = []                                                 # tokens since the last selection
+    since_selection = []  # tokens since the last selection; the newest is not in the cache yet
     for step in range(1, max_new_tokens + 1):
         token = choose(logits, temperature, top_p, generator)  # [rows]
         output[rows] = torch.where(finished[rows], output[rows], token)
@@ -105,17 +63,18 @@ def stream(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect=N
         finished |= context_is_full
         if step == max_new_tokens or finished.all():
             return
-        fed.append(token)
-        if (~finished[rows]).sum() <= SHRINK * len(rows):  # most of a batch would be wasted
-            kept = (~finished[rows]).nonzero().flatten()
-            reorder(model, cache, kept)
-            rows, fed = rows[kept], [token[kept] for token in fed]
-        if len(fed) == reselect:
-            logits = reselect_neurons(model, cache, torch.stack(fed, dim=1))
-            fed = []
+        since_selection.append(token)
+        if (~finished[rows]).sum() <= SHRINK * len(rows):  # much of the batch would be wasted
+            going_on = (~finished[rows]).nonzero().flatten()
+            reorder(model, cache, going_on)
+            rows = rows[going_on]
+            since_selection = [earlier[going_on] for earlier in since_selection]
+        if len(since_selection) == reselect:
+            logits = reselect_neurons(model, cache, torch.stack(since_selection, dim=1))
+            since_selection = []
         else:
             with caprese.phase(model, "decode"):
-                logits = model.decode(fed[-1], cache)
+                logits = model.decode(since_selection[-1], cache)
 
 
 def check_decoding(max_new_tokens, temperature, top_p, reselect=None, samples=1):
@@ -192,6 +151,49 @@ def generate(model, tokens, max_new_tokens, temperature=0.0, top_p=1.0, reselect
     steps = stream(model, tokens, max_new_tokens, temperature, top_p, reselect, stop_ids,
                    **settings)
     return torch.stack(list(steps), dim=1)
+
+
+# ---- the next token
+
+def distribution(logits, temperature=0.0, top_p=1.0):
+    """The probabilities [B, V] that tokens are drawn with, from logits [B, V].
+
+    At temperature 0 the best token has all of it. top_p keeps the smallest set of most likely
+    tokens whose probabilities add up to at least top_p. Raises ValueError if a row is not finite.
+    """
+    check_finite(logits)
+    if temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+    p = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p < 1:
+        descending, order = p.sort(dim=-1, descending=True)
+        # Drop a token if those before it already add up to top_p.
+        descending[descending.cumsum(dim=-1) - descending >= top_p] = 0
+        p = torch.zeros_like(p).scatter(1, order, descending)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def draw(p, generator=None):
+    """Tokens [B] int64 from probabilities [B, V], by one random number a row."""
+    cumulative = p.cumsum(dim=-1)
+    uniform = torch.rand(len(p), 1, device=p.device, dtype=p.dtype, generator=generator)
+    # 1 - uniform is never 0, so a token of probability 0 is never drawn.
+    return torch.searchsorted(cumulative, cumulative[:, -1:] * (1 - uniform)).squeeze(1)
+
+
+def choose(logits, temperature=0.0, top_p=1.0, generator=None):
+    """Next tokens [B] int64 from logits [B, V]: the best ones at temperature 0, else drawn."""
+    if temperature == 0:
+        check_finite(logits)
+        return logits.argmax(dim=-1)
+    return draw(distribution(logits, temperature, top_p), generator)
+
+
+def check_finite(logits):
+    """ValueError if the best of a row of logits [B, V] is infinite or no number."""
+    if not logits.amax(dim=-1).isfinite().all():
+        raise ValueError(f"the logits are not finite in {logits.dtype}: the dtype overflows (try "
+                         "--dtype bfloat16 or float32), or weights or L and R are damaged")
 
 
 # ---- many questions
@@ -285,7 +287,7 @@ def common_arguments(parser):
     add("--model", help="folder in the official layout or hub repo id (default: the bundled model)")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: %(default)s")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own, or what this CPU does best")
+    add("--dtype", choices=DTYPES, help="default: that of the weights, or what this CPU does best")
     add("--seed", type=whole_number, default=0)
     add("--json", action="store_true", help="one JSON object on stdout, all else on stderr")
     return parser
@@ -342,7 +344,7 @@ def check_overwriting(file, inputs):
 
 
 def choose_dtype(args):
-    """The dtype that --dtype asks for, else the checkpoint's own (None) or what the CPU does best.
+    """The dtype that --dtype asks for, else that of the weights (None) or what the CPU does best.
 
     A CPU gets bfloat16 where it has instructions for it, else float32. The bundled model gets
     float32 there.

@@ -2,7 +2,7 @@
 
 caprese.attach calls check() for every class, also for GRIFFIN and CATS, which an editor may have
 changed in place. Without this file a wrong class runs, or fails, as it is. What holds in any case:
-decoding takes gathered neurons only where that computes what the class says (caprese.try_block).
+decoding takes gathered neurons only where that computes what the class says (caprese.may_gather).
 """
 
 import traceback

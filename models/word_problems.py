@@ -18,8 +18,8 @@ import data  # noqa: E402
 import sample  # noqa: E402
 
 NAMES = data.NAMES + "Olivia Haley Paul Nancy Robin Wendy Henry Gwen Kaleb Faye".split()
-THINGS = (data.THINGS + " flowers balloons tickets pictures eggs muffins toys oranges songs games "
-          "bottles cups chairs").split()
+THINGS = data.THINGS + ("flowers balloons tickets pictures eggs muffins toys oranges songs games "
+                        "bottles cups chairs").split()
 PLACES = "boxes bags baskets shelves rows groups jars tables albums teams".split()
 LOSSES = ["gave {n} to {other}", "lost {n} of them", "sold {n}", "threw {n} away", "broke {n}",
           "used {n} of them", "took {n} back", "left {n} at home", "traded {n} for a hat"]

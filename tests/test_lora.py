@@ -73,7 +73,7 @@ def test_masked_compact_and_teacher_forced_decoding_agree(device):
 
 
 def test_attach_takes_the_compact_path_of_lora(device, capsys):
-    """caprese.try_block has found that both paths compute the same, and says nothing."""
+    """caprese.may_gather has found that both paths compute the same, and says nothing."""
     assert all(ff.gathers for ff in caprese.sparse_layers(attached(device)).values())
     assert capsys.readouterr().err == ""
 
