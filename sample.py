@@ -284,7 +284,8 @@ def whole_number(text):
 def common_arguments(parser):
     """Add the flags that every script takes; returns the parser."""
     add = parser.add_argument
-    add("--model", help="folder in the official layout or hub repo id (default: the bundled model)")
+    add("--model", help="folder in the official layout or hub repo id; most scripts have a "
+        "default, the bundled model")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="default: %(default)s")
     add("--dtype", choices=DTYPES, help="default: that of the weights, or what this CPU does best")
