@@ -5,6 +5,8 @@ changed in place. Without this file a wrong class runs, or fails, as it is. What
 decoding takes gathered neurons only where that computes what the class says (caprese.may_gather).
 """
 
+import inspect
+import sys
 import traceback
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,81 +16,159 @@ import torch
 import caprese
 from caprese import CATS, GRIFFIN, SparseFF
 
+PROMPT = 7  # of the 9 tokens that are tried
+PASSED = set()  # classes with their functions, for check() takes 30 ms
+NEVER_CALLED = [(GRIFFIN, "CATS", {"threshold"}),
+                (CATS, "GRIFFIN", {"statistic", "merge", "top_neurons"})]
+
+
+class Refused(ValueError):
+    """Why a class cannot work, in one line."""
+
 
 @torch.no_grad()
 def check(block, act_fn):
-    """Try a tiny block of a class, in float64: two prompts of 8 tokens and one more token each.
+    """Try a tiny block of a class, in float64: two prompts of 7 tokens and two more tokens each.
 
-    Raises ValueError, in one line, if a method is missing, seems misspelt, fails, returns another
-    shape, or does not agree with the others.
+    Raises Refused, a ValueError in one line, if a method is missing, seems misspelt, fails, returns
+    another shape, or does not agree with the others.
     """
+    functions = (block, act_fn, *(value for base in block.__mro__ for value in vars(base).values()
+                                  if inspect.isfunction(value)))
+    if functions in PASSED:
+        return
     name = caprese.method_name(block)
     check_names(block, name)
     try:
+        caprese.tiny_block(block, act_fn, rank=0)  # as load_adapter begins
         ff = caprese.tiny_block(block, act_fn)
-        x = torch.randn(2, 9, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 9, 32, dtype=torch.float64, device="cpu",
+                        generator=torch.Generator().manual_seed(0))
+        check_full(ff, x, name)
         check_shapes(ff, x, name)
         check_rows(ff, x, name)
+        check_teacher_forced(ff, x, name)
+        check_counted(ff, x, name)
         check_merge(ff, x, name)
-        check_paths(ff, name)
-    except ValueError:
+        check_paths(ff, x, name)
+        check_parameters(ff, name)
+        check_residual(ff, x, name)
+    except Refused:
         raise
     except Exception as error:  # the class may fail in any way that Python can
-        raise ValueError(f"{name} fails on a tiny block, with B = 2, T = 9, D = 32 and F = 64: "
-                         f"{' '.join(str(error).split())}; {own_line(error)}") from error
+        raise Refused(f"{name} fails on a tiny block, with B = 2, T = 9, D = 32 and F = 64: "
+                      f"{' '.join(str(error).split())}; {own_line(error)}") from error
+    PASSED.add(functions)
 
 
 def check_names(block, name):
-    """ValueError if a class lacks a method, or defines one that looks like a misspelt one."""
+    """Refused if a class lacks a method, or defines one that is misspelt or never called.
+
+    A note on stderr if it changes nothing.
+    """
     needed = ["reset", "count", "select", "decode"]
-    if block.teacher_forced is SparseFF.teacher_forced:
+    changed = block.teacher_forced is not SparseFF.teacher_forced
+    if not (changed and block.residual is not SparseFF.residual):
         needed += ["selection", "sparsify"]
     missing = [method for method in needed if not hasattr(block, method)]
     if missing:
-        raise ValueError(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
+        raise Refused(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
     bases = [base for base in block.__mro__ if base.__module__ == caprese.__name__]
     known = {method for base in [GRIFFIN, *bases] for method in dir(base)}
-    own = [method for base in block.__mro__ if base not in bases and base is not object
-           for method in vars(base) if not method.startswith("_")]
-    for method in own:
-        if issubclass(block, CATS) and hasattr(GRIFFIN, method) and not hasattr(CATS, method):
-            raise ValueError(f"{name} defines {method}, which is GRIFFIN's; CATS never calls it")
-        similar = get_close_matches(method, known, n=1, cutoff=0.85)
-        if similar and method not in known:
-            raise ValueError(f"{method} of {name} looks like a misspelt {similar[0]}; rename it")
+    own = {method: value for base in block.__mro__ if base not in bases and base is not object
+           for method, value in vars(base).items()}
+    for base, other, methods in NEVER_CALLED:
+        for method in methods & own.keys():
+            if issubclass(block, base):
+                raise Refused(f"{name} defines {method}, which is {other}'s; {base.__name__} never "
+                              "calls it")
+    for method, value in own.items():
+        similar = get_close_matches(method, known, n=1, cutoff=0.9)
+        if inspect.isfunction(value) and method not in known and similar:
+            raise Refused(f"{method} of {name} looks like a misspelt {similar[0]}; rename it")
+    if block is not bases[0] and not set(own) & (known - set(dir(torch.nn.Module))):
+        print(f"note: {name} changes no method of {bases[0].__name__}", file=sys.stderr)
+
+
+def close(a, b):
+    """Are two outputs equal? A correction may compute in float32."""
+    return torch.allclose(a, b, **caprese.CLOSE)
+
+
+def check_full(ff, x, name):
+    """Refused if a call in the phase full is not the original FF."""
+    full = ff.down_proj(ff.act_fn(ff.gate_proj(x)) * ff.up_proj(x))
+    if not close(ff(x), full):
+        raise Refused(f"{name} changes the full model, from which L and R learn: in the phase full "
+                      "it does not compute FF(x); change sparsify or sparse, not neurons")
 
 
 def check_shapes(ff, x, name):
-    """ValueError if statistic or sparsify of a GRIFFIN returns a tensor of another shape."""
+    """Refused if statistic or sparsify of a GRIFFIN returns something of another shape."""
     if not isinstance(ff, GRIFFIN):
         return
     gate, z = ff.neurons(x)
     s = ff.statistic(x, gate, z, None)
-    if s.shape != (2, 64):
-        raise ValueError(f"statistic of {name} must return [B, F], here [2, 64], but it returns "
-                         f"{list(s.shape)}")
+    if getattr(s, "shape", None) != (2, 64):
+        raise Refused(f"statistic of {name} must return [B, F], here [2, 64], but it returns "
+                      f"{shape_of(s)}")
     kept_z = ff.sparsify(x, gate, z, ff.selection(x, gate, z, None))
-    if kept_z.shape != z.shape:
-        raise ValueError(f"sparsify of {name} must return [B, T, F], here [2, 9, 64], but it "
-                         f"returns {list(kept_z.shape)}")
+    if getattr(kept_z, "shape", None) != z.shape:
+        raise Refused(f"sparsify of {name} must return [B, T, F], here [2, 9, 64], but it returns "
+                      f"{shape_of(kept_z)}")
+
+
+def shape_of(value):
+    """The shape of a tensor as a list, or what else it is."""
+    return list(value.shape) if isinstance(value, torch.Tensor) else repr(value)
 
 
 def check_rows(ff, x, name):
-    """ValueError if a row has another answer alone, beside a second one, or by teacher forcing."""
-    alone = caprese.decode_last(ff, x[:1], gathers=False)
-    beside = caprese.decode_last(ff, x, gathers=False)
-    forced = ff.teacher_forced(x, torch.arange(9).expand(2, -1) == 8)[:, -1:]
-    if not torch.allclose(alone, beside[:1]):
-        raise ValueError(f"{name} gives a prompt another answer alone than beside a second one; "
-                         "each row of a batch must be treated by itself")
-    if not torch.allclose(forced, beside):
-        raise ValueError(f"{name} would learn another function than it decodes by: its "
-                         "teacher_forced does not compute what its count, select and decode do; "
-                         "does it leave out the tokens where counted is False?")
+    """Refused if a row has another answer alone than beside another, or after a reorder."""
+    both = caprese.decode_rest(ff, x, PROMPT, gathers=False)
+    ff.reorder(torch.tensor([1]))
+    left = ff.decode(x[1:, -1:])  # the first row has ended
+    alone = torch.cat([caprese.decode_rest(ff, row[None], PROMPT, gathers=False) for row in x])
+    if not close(alone, both):
+        raise Refused(f"{name} gives a prompt another answer alone than beside a second one; "
+                      "each row of a batch must be treated by itself")
+    if not close(left, both[1:, -1:]):
+        raise Refused(f"{name} gives a row another answer after the row beside it has ended; "
+                      "row_state must name every tensor that has an entry for each row")
+
+
+def check_teacher_forced(ff, x, name):
+    """Refused if teacher forcing does not compute what prefill, selection and decoding do."""
+    decoded = caprese.decode_rest(ff, x, PROMPT, gathers=False)
+    forced = ff.teacher_forced(x, generated(x))
+    if not close(forced, torch.cat([ff.down_proj(ff.neurons(x)[1])[:, :PROMPT], decoded], dim=1)):
+        raise Refused(f"{name} would learn another function than it decodes by: its teacher_forced "
+                      "does not compute what its count, select and decode do; does it leave out "
+                      "the tokens where counted is False?")
+
+
+def generated(x):
+    """bool [B, T]: the tokens after the prompt."""
+    return torch.arange(x.shape[1], device="cpu").expand(len(x), -1) >= PROMPT
+
+
+def check_counted(ff, x, name):
+    """Refused if count() does not leave out the tokens where counted is False: here padding."""
+    length = 5
+    counted = torch.arange(PROMPT, device="cpu") < torch.tensor([[PROMPT], [length]])
+    prompts, new = x[:, :PROMPT], x[:, PROMPT:]
+    ff.reset()
+    ff.count(prompts, *ff.neurons(prompts), counted)
+    ff.select()
+    padded = torch.cat([ff.decode(token) for token in new.split(1, dim=1)], dim=1)
+    short = torch.cat([prompts[1:, :length], new[1:]], dim=1)
+    if not close(padded[1:], caprese.decode_rest(ff, short, length, gathers=False)):
+        raise Refused(f"{name} does not leave out the tokens where counted is False: the padding "
+                      "of a shorter prompt changes its answer")
 
 
 def check_merge(ff, x, name):
-    """ValueError if a reselection fails, or if GRIFFIN's merge does not fit the statistic."""
+    """Refused if a reselection fails, or if GRIFFIN's merge does not fit the statistic."""
     ff.reset()
     for part in (x[:, :4], x[:, 4:]):
         ff.count(part, *ff.neurons(part), None)
@@ -97,19 +177,52 @@ def check_merge(ff, x, name):
         return
     whole, first, rest = (ff.statistic(part, *ff.neurons(part), None)
                           for part in (x, x[:, :4], x[:, 4:]))
-    if not torch.allclose(ff.merge(first, rest), whole):
-        raise ValueError(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
-                         "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
+    if not close(ff.merge(first, rest), whole):
+        raise Refused(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
+                      "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
 
 
-def check_paths(ff, name):
-    """ValueError if a gather or fused of its own does not compute what the masked path does."""
+def check_paths(ff, x, name):
+    """Refused if a gather or fused of its own does not compute what the masked path does."""
     block = type(ff)
     if not block.gathers or (block.gather, block.fused) == (GRIFFIN.gather, GRIFFIN.fused):
         return
+    caprese.decode_rest(ff, x[:1], PROMPT, gathers=True)  # what fails says why
     if not caprese.paths_agree(ff):
-        raise ValueError(f"{name} brings a gather or a fused that does not compute what its "
-                         "sparsify and correction do")
+        raise Refused(f"{name} brings a gather or a fused that does not compute what its "
+                      "sparsify and correction do")
+
+
+def check_parameters(ff, name):
+    """Refused if what the correction has learned could not be saved, or not be loaded."""
+    learned = {key: value.detach() for key, value in ff.adapter_parameters().items()}
+    base = {f"{matrix}_proj.weight" for matrix in ("gate", "up", "down")}
+    inside = sorted(dict(ff.named_parameters()).keys() - learned.keys() - base)
+    if inside:
+        raise Refused(f"{name} has parameters in modules of its own, {', '.join(inside)}, which "
+                      "would neither be learned nor saved; make them parameters of the block")
+    try:
+        ff.set_adapter(**learned)
+    except (TypeError, ValueError, KeyError) as error:
+        raise Refused(f"an adapter of {name} could not be loaded: its set_adapter does not take "
+                      f"{', '.join(learned)} as they are ({error}); write set_adapter "
+                      "as well") from None
+
+
+def check_residual(ff, x, name):
+    """Refused if the residual that (7) fits is not what teacher forcing leaves out of FF(x).
+
+    Tried without a correction; one that is not zero for parameters of zero is not tried.
+    """
+    ff = caprese.tiny_block(type(ff), ff.act_fn)
+    for parameter in ff.adapter_parameters().values():
+        parameter.zero_()
+    if ff.correction(x).any():
+        return
+    left_out = ff.down_proj(ff.neurons(x)[1]) - ff.teacher_forced(x, generated(x))
+    if not close(ff.residual(x, generated(x))[generated(x)], left_out[generated(x)]):
+        raise Refused(f"(7) would fit L and R of {name} to another residual than FF(x) minus its "
+                      "sparse FF; write residual as well")
 
 
 def own_line(error):

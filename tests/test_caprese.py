@@ -559,6 +559,9 @@ class Bias(caprese.GRIFFIN):
     def new_adapter(self, rank):
         self.b = torch.nn.Parameter(torch.zeros(self.gate_proj.in_features))
 
+    def set_adapter(self, b):
+        self.b = torch.nn.Parameter(b.float().clone())
+
     def correction(self, x):
         return self.b.to(x.dtype).expand_as(x)
 

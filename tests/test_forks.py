@@ -109,6 +109,86 @@ class StatisticOfCATS(caprese.CATS):
         return z.abs().sum(1)
 
 
+class FirstRow(caprese.GRIFFIN):
+    def sparsify(self, x, gate, z, kept):
+        return z * kept[:1, None]
+
+
+class LocalState(caprese.GRIFFIN):
+    """The scale of a row's prompt, which decoding takes up, is not in row_state."""
+    def count(self, x, gate, z, counted):
+        super().count(x, gate, z, counted)
+        self.scale = self.s.mean(dim=1)[:, None, None]
+
+    def selection(self, x, gate, z, counted):
+        self.scale = self.statistic(x, gate, z, counted).mean(dim=1)[:, None, None]
+        return super().selection(x, gate, z, counted)
+
+    def sparsify(self, x, gate, z, kept):
+        return z * kept[:, None] * self.scale
+
+
+class OtherFull(caprese.GRIFFIN):
+    def neurons(self, x):
+        gate, z = super().neurons(x)
+        return gate, 2 * z
+
+
+class NoCorrectionInSparse(caprese.GRIFFIN):
+    def sparse(self, x, gate, z, kept):
+        return 2 * self.down_proj(self.sparsify(x, gate, z, kept))
+
+
+class SparsePrompt(caprese.GRIFFIN):
+    def teacher_forced(self, x, generated):
+        gate, z = self.neurons(x)
+        return self.sparse(x, gate, z, self.selection(x, gate, z, ~generated))
+
+
+class CountsPadding(caprese.GRIFFIN):
+    def count(self, x, gate, z, counted):
+        super().count(x, gate, z, None)
+
+
+class ChangesWhileDecoding(caprese.GRIFFIN):
+    gathers = False
+
+    def decode(self, x):
+        out = super().decode(x)
+        self.kept = ~self.kept
+        return out
+
+
+class Inside(caprese.GRIFFIN):
+    def new_adapter(self, rank):
+        super().new_adapter(rank)
+        self.inside = torch.nn.Linear(32, 32, bias=False)
+
+
+class CannotLoad(caprese.GRIFFIN):
+    def new_adapter(self, rank):
+        super().new_adapter(rank)
+        self.b = torch.nn.Parameter(torch.zeros(self.gate_proj.in_features))
+
+    def correction(self, x):
+        return super().correction(x) + self.b.to(x.dtype)
+
+
+class ThresholdOfGRIFFIN(caprese.GRIFFIN):
+    def threshold(self, gate, counted=None):
+        return gate.amax(dim=(1, 2))
+
+
+class OwnValueError(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted=None):
+        B, T = z.shape
+
+
+class NoReturn(caprese.GRIFFIN):
+    def statistic(self, x, gate, z, counted=None):
+        z.abs().sum(1)
+
+
 class Unfinished(caprese.SparseFF):
     pass
 
@@ -116,7 +196,19 @@ class Unfinished(caprese.SparseFF):
 @pytest.mark.parametrize("block, says", [
     (OtherTraining, "would learn another function than it decodes by"),
     (OnlyFused, "brings a gather or a fused that does not compute"),
-    (OneRow, "would learn another function than it decodes by"),
+    (OneRow, "another answer alone than beside a second one"),
+    (FirstRow, "another answer alone than beside a second one"),
+    (LocalState, "row_state must name every tensor"),
+    (OtherFull, "changes the full model"),
+    (NoCorrectionInSparse, "would fit L and R of .* to another residual"),
+    (SparsePrompt, "would learn another function than it decodes by"),
+    (CountsPadding, "the padding of a shorter prompt changes its answer"),
+    (ChangesWhileDecoding, "another answer after the row beside it has ended"),
+    (Inside, "has parameters in modules of its own, inside.weight"),
+    (CannotLoad, "its set_adapter does not take b, as|its set_adapter does not take L, R, b as"),
+    (ThresholdOfGRIFFIN, "defines threshold, which is CATS's; GRIFFIN never calls it"),
+    (OwnValueError, "too many values to unpack .*; see test_forks.py, line .*B, T = z.shape"),
+    (NoReturn, r"must return \[B, F\], here \[2, 64\], but it returns None"),
     (NoMerge, "does not merge as GRIFFIN's does"),
     (BadMerge, "no attribute 'no_such_thing'; see test_forks.py, line .*no_such_thing"),
     (Misspelt, "statistics of .* looks like a misspelt statistic"),
@@ -145,6 +237,7 @@ def test_a_class_that_cannot_work_is_refused(block, says, device):
 def test_a_block_may_gather_by_its_own_and_counted_needs_no_default(device):
     class Own(caprese.SparseFF):
         """Not a GRIFFIN, though it names its methods as one."""
+        row_state = ("s", "kept")
         gathers = True
         statistic, mask = caprese.GRIFFIN.statistic, caprese.GRIFFIN.mask
         reset, count = caprese.GRIFFIN.reset, caprese.GRIFFIN.count
@@ -176,3 +269,40 @@ def test_a_block_may_gather_by_its_own_and_counted_needs_no_default(device):
 
     for block in (Own, NoDefault):
         caprese.attach(tiny.model(device=device), block)
+
+
+def test_a_class_that_changes_nothing_is_named(device, capsys):
+    class Same(caprese.GRIFFIN):
+        sparsity = 0.5  # no method, so it is no misspelt sparsify
+
+    caprese.attach(tiny.model(device=device), Same)
+    assert "Same changes no method of GRIFFIN" in capsys.readouterr().err
+    caprese.attach(tiny.model(device=device), "griffin")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_correction_may_compute_in_float32_and_have_other_shapes(device, capsys):
+    class InFloat32(caprese.GRIFFIN):
+        def correction(self, x):
+            return (x.float() @ self.L @ self.R).to(x.dtype)
+
+    class Gated(caprese.GRIFFIN):
+        """L has a gate for each of its r columns, so neither path of GRIFFIN fits it."""
+        def new_adapter(self, rank):
+            super().new_adapter(rank)
+            self.L = torch.nn.Parameter(torch.cat([self.L.detach(), self.L.detach()], dim=1))
+
+        def set_adapter(self, L, R):
+            self.L, self.R = torch.nn.Parameter(L.clone()), torch.nn.Parameter(R.clone())
+
+        def correction(self, x):
+            up, gate = (x @ self.L.to(x.dtype)).chunk(2, dim=-1)
+            return (up * gate.sigmoid()) @ self.R.to(x.dtype)
+
+    model = caprese.attach(tiny.model(device=device), InFloat32, rank=4)
+    ff = next(iter(caprese.sparse_layers(model).values()))
+    assert ff.gathers and caprese.has_closed_form(ff) and capsys.readouterr().err == ""
+    model = caprese.attach(tiny.model(device=device), Gated, rank=4)
+    ff = next(iter(caprese.sparse_layers(model).values()))
+    assert not ff.gathers and not caprese.has_closed_form(ff)
+    assert "takes the masked path" in capsys.readouterr().err
