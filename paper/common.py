@@ -154,7 +154,7 @@ def sparse(args, method):
     """The variant without a correction of a name in METHODS, or of a class."""
     name, block, layers = METHODS.get(method, (getattr(method, "__name__", None), method, None))
     density = args.density or 0.5
-    if block is caprese.CATS and not args.model:
+    if issubclass(block, caprese.CATS) and not args.model:
         density = args.density or BUNDLED_CATS_DENSITY
     return Variant(name, block, 1.0 if block is Int4FF else density, layers)
 

@@ -225,7 +225,7 @@ class Experiment:
         return columns
 
     def difference_row(self, variant, other):
-        """A row of how many points a variant scores above another; both have score_columns."""
+        """A row: how many points a variant scores above another, of which both have been scored."""
         row = {"method": f"{variant.name} against {other.name}"}
         for name in self.sets:
             row |= differences(self.scored[variant, name], self.scored[other, name], f"{name} ")

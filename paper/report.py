@@ -21,14 +21,18 @@ LABELS = ("method", "model", "set", "layer", "density", "rank", "rho", "n", "K",
 RESULTS = Path(__file__).resolve().parent / "results.tsv"
 
 
-def show(args, rows, draw, paper=(), experiment=None, title=""):
+def show(args, rows, draw, paper=(), experiment=None, title="", differences=()):
     """Print the table and the paper's numbers, {title: rows}; with the flags for it: draw, log.
 
-    draw(figure, rows) draws the rows onto a matplotlib figure. Returns what --json prints.
+    draw(figure, rows) draws the rows onto a matplotlib figure. differences are the rows of a second
+    table. Returns what --json prints.
     """
     out = sys.stderr if args.json else sys.stdout
     result = {"script": args.script, "rows": rows, "paper": dict(paper)}
     print(sample.format_table(rows), file=out)
+    if differences:
+        result["differences"] = differences
+        print(f"\nProblem by problem:\n{sample.format_table(differences)}", file=out)
     if experiment:
         title = title or experiment.title
         result |= {"answers": experiment.count, "reused": experiment.reused}
@@ -40,7 +44,7 @@ def show(args, rows, draw, paper=(), experiment=None, title=""):
     if args.plot:
         save_picture(Path(args.plot) / f"{args.script.rpartition('.')[2]}.png", draw, rows, title)
     if args.log:
-        log(args, rows, experiment.sets if experiment else ())
+        log(args, [*rows, *differences], experiment.sets if experiment else ())
     if args.json:
         print(json.dumps(result))
     return result

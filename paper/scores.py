@@ -108,18 +108,19 @@ def summary(answers, prefix=""):
 def differences(answers, others, prefix=""):
     """Columns of a table: how many points each score lies above that of others to these problems.
 
-    The standard error is that of the mean of the differences, problem by problem. It is at least
-    Wilson's of no difference at all, so never 0.
+    The standard error is that of the mean of the differences, problem by problem. Of answers that
+    are right or wrong it is at least Wilson's of no difference at all, so never 0.
     """
     columns = {}
     for score in SCORES:
         if score in answers[0]:
-            pairs = zip(mean_of_runs(answers, score), mean_of_runs(others, score))
+            pairs = zip(mean_of_runs(answers, score), mean_of_runs(others, score), strict=True)
             values = [value - other for value, other in pairs]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            error = max(spread / math.sqrt(len(values)), sample.standard_error(0.0, len(values)))
-            columns |= {f"{prefix}{score} %": 100 * statistics.fmean(values),
-                        f"{prefix}{score} ±": 100 * error}
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.5
+            if set(values) <= {-1, 0, 1}:
+                error = max(error, sample.standard_error(0.0, len(values)))
+            column = f"{prefix}{score}, difference, points"
+            columns |= {column: 100 * statistics.fmean(values), f"{column} ±": 100 * error}
     return columns
 
 

@@ -58,7 +58,8 @@ PAPER = {
 def main(argv=None):
     """A row for each variant: the parameters that a token uses, and its scores on every set.
 
-    Then a row for each but the full model: how many points it scores above it, problem by problem.
+    A second table has the differences problem by problem: of each variant to the full model, and of
+    each second stage to the first.
     """
     args = common.arguments("paper.table1_accuracy", __doc__, argv)
     experiment = Experiment(args)
@@ -67,14 +68,11 @@ def main(argv=None):
         active = bench.active_parameters(experiment.prepare(variant))
         row = {"method": variant.name, "active parameters (M)": active / 1e6}
         rows.append(row | experiment.score_columns(variant))
-    full, *others = variants
-    differences = [dict.fromkeys(rows[0]) | experiment.difference_row(variant, full)
-                   for variant in others]
-
-    def draw(figure, _):
-        report.draw_scores(figure, rows)
-
-    return report.show(args, rows + differences, draw, PAPER, experiment)
+    pairs = [(variant, variants[0]) for variant in variants[1:]]
+    pairs += [(second, first) for first, second in zip(variants, variants[1:])
+              if len(second.stages) == 2]
+    differences = [experiment.difference_row(*pair) for pair in pairs]
+    return report.show(args, rows, report.draw_scores, PAPER, experiment, differences=differences)
 
 
 if __name__ == "__main__":

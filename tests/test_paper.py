@@ -132,11 +132,15 @@ def test_differences_are_taken_problem_by_problem():
         return [{"problem": i, "run": 0, "accuracy": a} for i, a in enumerate(accuracies)]
 
     found = scores.differences(answers(1.0, 0.0, 0.0, 0.0), answers(1.0, 1.0, 0.0, 0.0), "x ")
-    assert found == pytest.approx({"x accuracy %": -25, "x accuracy ±": 25})  # 0.5 / sqrt(4)
+    column = "accuracy, difference, points"
+    assert found == pytest.approx({f"x {column}": -25, f"x {column} ±": 25})  # 0.5 / sqrt(4)
     same = scores.differences(answers(1.0, 0.0), answers(1.0, 0.0))
-    assert same["accuracy %"] == 0 and same["accuracy ±"] == 100 * sample.standard_error(0.0, 2) > 0
-    alone = scores.differences(answers(1.0), answers(0.0))
-    assert alone["accuracy %"] == 100 and alone["accuracy ±"] > 0
+    assert same == {column: 0, f"{column} ±": 100 * sample.standard_error(0.0, 2)}
+    close = scores.differences(answers(0.5, 0.25), answers(0.25, 0.0))  # as ROUGE may be
+    assert close == {column: 25, f"{column} ±": 0}
+    assert scores.differences(answers(1.0), answers(0.0)) == {column: 100, f"{column} ±": 50}
+    with pytest.raises(ValueError):
+        scores.differences(answers(1.0, 0.0), answers(1.0))
 
 
 def test_times_are_ratios_of_sums_with_the_spread_of_the_answers():
@@ -797,10 +801,14 @@ def test_every_script_runs_on_the_bundled_model(out, tmp_path, name, monkeypatch
             assert row["best rank 4"] < row["L R rank 4"]
     if name == "table1_accuracy":
         table = {row["method"]: row for row in rows}
-        full, griffin = table["full"]["maths accuracy %"], table["GRIFFIN"]["maths accuracy %"]
-        difference = table["GRIFFIN against full"]
-        assert difference["maths accuracy %"] == pytest.approx(griffin - full)
-        assert difference["maths accuracy ±"] > 0 and difference["maths tokens"] is None
+        pairs = {row["method"]: row for row in result["differences"]}
+        assert list(pairs) == [
+            "GRIFFIN against full", "GRIFFIN + layer-wise against full",
+            "GRIFFIN + E2E against full", "GRIFFIN + E2E against GRIFFIN + layer-wise"]
+        for names, row in pairs.items():
+            one, other = (table[name]["maths accuracy %"] for name in names.split(" against "))
+            assert row["maths accuracy, difference, points"] == pytest.approx(one - other)
+            assert row["maths accuracy, difference, points ±"] > 0
     if name == "figure3_coverage":
         assert {row["K"] for row in rows} == {1, 2}
         assert all(0 < row["compute"] <= row["K"] for row in rows)
