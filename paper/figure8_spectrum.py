@@ -86,7 +86,7 @@ def draw(spectra, figure, rows):
     for axes in panels[-1]:
         axes.set_xlabel("index of the singular value")
     for axes in panels[:, 0]:
-        axes.set_ylabel("value over the largest")
+        axes.set_ylabel("value / largest")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_every_figure_of_the_tables_has_its_row():
 def test_figures_with_errors_in_the_prose_have_their_rows():
     found = [(model, value, error) for model, text in sections().items()
              for value, error in quoted(re.sub(r"^\|.*$", "", text, flags=re.MULTILINE)) if error]
-    assert len(found) >= 40
+    assert len(found) >= 30
     assert [figure for figure in found if not any(
         row["model"] == figure[0] and same(figure[1], row["value"])
         and same(figure[2], row["error"]) for row in ROWS)] == []
