@@ -4,9 +4,10 @@
     python -m beyond.in_transformers answer --model google/gemma-3-1b-it \\
         --adapter adapter.safetensors "your question"
 
-caprese.attach and distill.py come here for a model that has `generate`. Its MLPs must have
-gate_proj, up_proj, down_proj and act_fn, as most families have them. In the models of transformers
-the decoding loop is not ours, so hooks tell the phase of each call from the KV cache it carries.
+caprese.attach and distill.py come here for a model that has `generate`. Its MLPs must compute
+down_proj(act_fn(gate_proj(x)) * up_proj(x)) by plain weights without biases, as in most families.
+In the models of transformers the decoding loop is not ours, so hooks tell the phase of each call
+from the KV cache it carries.
 """
 
 import argparse

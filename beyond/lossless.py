@@ -22,7 +22,7 @@ import caprese
 import data
 import sample
 
-SURE = 0.9  # a draft ends with a token that the sparse model gives less probability than this
+SURE = 0.9  # a draft ends where the sparse model's likeliest token has less probability than this
 # With --time:
 CONTEXT = 128                  # tokens of the prompt
 PASSES = (2, 4, 8, 16)         # tokens of a pass
@@ -256,7 +256,8 @@ def arguments(argv=None):
     add = parser.add_argument
     add("prompt", nargs="?", help="default: a hard problem for the bundled model")
     add("--reselect", type=sample.positive, help="rho: at most so many tokens a pass")
-    add("--adapter", help="what drafts (default for the bundled model: its GRIFFIN adapter)")
+    add("--adapter", help="what drafts (default for the bundled model, without --method, --block "
+        "and --density: its GRIFFIN adapter)")
     add("--density", type=float, help="kept neurons, in (0, 1] (default: the adapter's, or 0.5)")
     add("--temperature", type=float, default=0.0, help="default: %(default)s")
     add("--top-p", type=float, default=1.0, help="default: %(default)s")

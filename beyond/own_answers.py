@@ -1,9 +1,9 @@
 """A training set of the full model's own answers: python -m beyond.own_answers
 
 The paper's training set is private. So let the full model write an open one. --questions FILE holds
-questions with answers, as data.read_problems reads them. --out FILE gets a JSON row for each
-answer, and distill.py --data FILE learns from them. An answer counts only if it ends with a stop
-id: one that was cut by the context or by --max-new-tokens does not show how to end.
+questions with answers, as data.read_problems reads them. --out FILE gets a JSON row for each answer
+that counts, and distill.py --data FILE learns from them. An answer counts only if it ends with a
+stop id: one that was cut by the context or by --max-new-tokens does not show how to end.
 
 After an interrupt the same command continues, and the file gets the same bytes as without one.
 FILE.about.json says by which questions, model and settings FILE was written, and how far it is.

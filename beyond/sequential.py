@@ -3,7 +3,7 @@
 The paper fits every FF block on the inputs that the full model makes. In use, a block gets what the
 sparse blocks before it make, and their errors come along. Here the blocks are fitted one after the
 other. The input x is that of the sparse model, with the fits that are already there, and the target
-e is what takes the block's output to the full model's. So a fit also mends what those before it
+e is what takes the layer's output to the full model's. So a fit also mends what those before it
 could not. Each fit is the exact minimiser of |e - x L R|^2, as in distill.py.
 """
 

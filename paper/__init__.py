@@ -1,1 +1,1 @@
-"""One short script for each table and figure of the paper: python -m paper.figure2_residual"""
+"""Short scripts for tables 1 and 3 to 7, figures 2 to 8: python -m paper.figure2_residual"""

@@ -39,11 +39,12 @@ class CannotRun(ValueError):
 
 # ---- flags
 
-def arguments(script, description, argv=None, **defaults):
+def arguments(script, description, argv=None, refuses=(), **defaults):
     """The command line of a script, defaults filled in; says in two lines what is about to be done.
 
-    script is how python -m calls it. defaults are the script's own, as in DEFAULTS. Raises
-    ValueError, in one line, for bad flags.
+    script is how python -m calls it. refuses are the flags that choose rows, if the script's rows
+    are fixed. defaults are the script's own, as in DEFAULTS. Raises ValueError, in one line, for
+    bad flags, CannotRun for those refused.
     """
     parser = sample.common_arguments(sample.ArgumentParser(
         prog=f"python -m {script}", description=" ".join(description.split("\n\n")[0].split())))
@@ -69,7 +70,11 @@ def arguments(script, description, argv=None, **defaults):
     add("--log", action="store_true", help="append each figure to paper/results.tsv")
     parser.set_defaults(script=script, title=parser.description,
                         max_tokens=2048, micro_batch=16, save_every=20)
+    parser.epilog += f"; without --full and --paper, --samples {DEFAULTS['samples'][0]}"
     args = parser.parse_args(argv)
+    for flag in refuses:
+        if getattr(args, flag):
+            raise CannotRun(f"its rows are fixed, so it takes no --{flag}")
     args.command = shlex.join(["python", "-m", script, *(sys.argv[1:] if argv is None else argv)])
     fill_defaults(args, DEFAULTS | defaults)
     check(args)

@@ -3,9 +3,9 @@
 Answers and corrections are kept in the folder --out. Its settings.json says what made them; a run
 with other settings is refused. What varies within a folder stands in the names of its files: the
 problem set, the variant of the model, the batch size, the temperature. A method is edited and tried
-again, so part of a variant's name is a hash of the files of its class and of that class's bases:
-caprese.py, and the file of a --block. Only these files are hashed, no others; when others may have
-changed, a note names the commit.
+again, so part of a variant's name is a hash of the files that its class and those of its bases that
+are SparseFFs stand in: caprese.py, and the file of a --block. No other files are hashed; when
+others may have changed, a note names the commit.
 """
 
 import argparse

@@ -72,7 +72,8 @@ def errors(seen, unseen, ranks):
 
 def main(argv=None):
     """A row for each method and density."""
-    args = common.arguments("paper.figure2_residual", __doc__, argv)
+    args = common.arguments("paper.figure2_residual", __doc__, argv,
+                            refuses=("method", "block", "adapter"))
     experiment = Experiment(args, problems=False, samples=True)
     samples = experiment.samples if args.full else experiment.samples[::3]
     unseen = samples[::5]

@@ -17,11 +17,14 @@ DENSITIES = (0.2, 0.4, 0.6, 0.8)
 
 def main(argv=None):
     """The full model, then a row for each density and rank; rank 0 is the sparse method alone."""
-    args = common.arguments("paper.figure5_density", __doc__, argv)
+    args = common.arguments("paper.figure5_density", __doc__, argv, refuses=("adapter",))
+    methods = (args.method or []) + args.block or ["griffin"]
+    if len(methods) > 1:
+        raise common.CannotRun("it draws one method, so give one --method or --block")
     experiment = Experiment(args, samples=True)
     name, problems = experiment.graded()
     stages = common.stages(args) if args.full else common.stages(args)[:1]
-    alone = common.sparse(args, (args.method or args.block or ["griffin"])[0])
+    alone = common.sparse(args, methods[0])
     variants = [common.Variant("full")]
     for density in DENSITIES:
         variants.append(replace(alone, density=density))

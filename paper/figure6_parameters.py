@@ -20,7 +20,8 @@ PAPER = {"r = 256": [{"models": "theirs", "percent of all": "0.8 to 1.3",
 
 def main(argv=None):
     """A row for each model of the paper, made without memory for its weights."""
-    args = common.arguments("paper.figure6_parameters", __doc__, argv, rank=(256, 256))
+    args = common.arguments("paper.figure6_parameters", __doc__, argv, rank=(256, 256),
+                            refuses=("method", "block", "adapter"))
     rows = []
     for name, config in bench.SHAPES.items():
         with torch.device("meta"):

@@ -1,7 +1,7 @@
 """What every script of this folder ends with: its table, a picture (--plot), its figures (--log).
 
-A picture has one colour for each method, the same in all panels; the full model is black. Here too:
-how files are written, and which commit, day and machine a figure is of.
+Where a picture compares methods, each has one colour in all panels; the full model is black. Here
+too: how files are written, and which commit, day and machine a figure is of.
 """
 
 import json

@@ -41,7 +41,8 @@ PAPER = {"Qwen 2.5 14B in bfloat16 on an L40, prompt of 2048 tokens": [
 
 def main(argv=None):
     """The rows of bench.py that the paper has, and LoRA's."""
-    args = common.arguments("paper.table5_latency", __doc__, argv, rank=(0, 0))
+    args = common.arguments("paper.table5_latency", __doc__, argv, rank=(0, 0),
+                            refuses=("method", "block", "adapter"))
     chosen = FULL if args.full else QUICK
     if args.full and args.device.startswith("cuda"):
         chosen = FULL_GPU

@@ -16,7 +16,8 @@ from paper.lora import LoRAFF
 
 def main(argv=None):
     """A row for each correction: the parameters that it adds, and its scores on every set."""
-    args = common.arguments("paper.table6_lora", __doc__, argv)
+    args = common.arguments("paper.table6_lora", __doc__, argv,
+                            refuses=("method", "block", "adapter"))
     if args.e2e_epochs < 1:
         raise common.CannotRun("this compares what is learned end-to-end: give --e2e-epochs")
     experiment = Experiment(args, samples=True)
