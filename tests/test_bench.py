@@ -43,6 +43,9 @@ class Bias(caprese.GRIFFIN):
     def correction(self, x):
         return self.b.to(x.dtype).expand_as(x)
 
+    def set_adapter(self, b):
+        self.b = torch.nn.Parameter(b.float().clone())
+
 
 class Incomplete(caprese.SparseFF):
     """Lacks all that a method must have."""
