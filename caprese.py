@@ -676,7 +676,7 @@ def may_gather(block, act_fn):
         return False
     same = paths_agree(tiny_block(block, act_fn))
     if not same:
-        print(f"note: gather and fused do not compute what sparsify and correction of "
+        print("note: gather and fused do not compute what sparsify and correction of "
               f"{method_name(block)} do; decoding takes the masked path, which saves no time",
               file=sys.stderr)
     return same
@@ -684,7 +684,7 @@ def may_gather(block, act_fn):
 
 def paths_agree(ff):
     """Does the compact path compute what the masked path does?"""
-    x = tiny_input(9)
+    x = tiny_input(1, 9)
     try:
         return torch.allclose(decode_rest(ff, x, 7, gathers=True),
                               decode_rest(ff, x, 7, gathers=False), **CLOSE)
@@ -703,7 +703,7 @@ def decode_rest(ff, x, prompt, gathers):
 
 def has_closed_form(ff):
     """Is the correction of this block's class x L R? For no other has (7) a closed form."""
-    tiny, x = tiny_block(type(ff), ff.act_fn), tiny_input(5)
+    tiny, x = tiny_block(type(ff), ff.act_fn), tiny_input(1, 5)
     parameters = {name: parameter.shape for name, parameter in tiny.adapter_parameters().items()}
     if parameters != {"L": (32, 4), "R": (4, 32)}:
         return False
@@ -711,10 +711,10 @@ def has_closed_form(ff):
     return torch.allclose(tiny.correction(x), product, **CLOSE)
 
 
-def tiny_input(num_tokens):
-    """The input x [1, T, 32] of a tiny block, in float64."""
+def tiny_input(B, T):
+    """The input x [B, T, 32] of a tiny block, in float64."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, num_tokens, 32, dtype=torch.float64, device="cpu", generator=generator)
+    return torch.randn(B, T, 32, dtype=torch.float64, device="cpu", generator=generator)
 
 
 def tiny_block(block, act_fn, rank=4):

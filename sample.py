@@ -313,7 +313,8 @@ def import_block(text):
     except (ImportError, AttributeError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text} is not module:Class ({error})") from None
     if not (isinstance(block, type) and issubclass(block, caprese.SparseFF)):
-        raise argparse.ArgumentTypeError(f"{text} is not a subclass of caprese.SparseFF")
+        raise argparse.ArgumentTypeError(f"{text} must be a subclass of caprese.GRIFFIN, CATS or "
+                                         "SparseFF")
     return block
 
 

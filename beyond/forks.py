@@ -42,13 +42,12 @@ def check(block, act_fn):
     try:
         caprese.tiny_block(block, act_fn, rank=0)  # as load_adapter begins
         ff = caprese.tiny_block(block, act_fn)
-        x = torch.randn(2, 9, 32, dtype=torch.float64, device="cpu",
-                        generator=torch.Generator().manual_seed(0))
+        x = caprese.tiny_input(2, 9)
         check_full(ff, x, name)
         check_shapes(ff, x, name)
         check_rows(ff, x, name)
-        check_teacher_forced(ff, x, name)
         check_counted(ff, x, name)
+        check_teacher_forced(ff, x, name)
         check_merge(ff, x, name)
         check_paths(ff, x, name)
         check_parameters(ff, name)
@@ -62,9 +61,9 @@ def check(block, act_fn):
 
 
 def check_names(block, name):
-    """Refused if a class lacks a method, or defines one that is misspelt or never called.
+    """Refused if a class lacks a method, or defines one that is misspelt, or called otherwise.
 
-    A note on stderr if it changes nothing.
+    Notes on stderr say what it defines and nothing calls, and that it changes nothing.
     """
     needed = ["reset", "count", "select", "decode"]
     changed = block.teacher_forced is not SparseFF.teacher_forced
@@ -75,19 +74,38 @@ def check_names(block, name):
         raise Refused(f"{name} lacks {', '.join(missing)}, which SparseFF asks for")
     bases = [base for base in block.__mro__ if base.__module__ == caprese.__name__]
     known = {method for base in [GRIFFIN, *bases] for method in dir(base)}
-    own = {method: value for base in block.__mro__ if base not in bases and base is not object
-           for method, value in vars(base).items()}
+    own = {method: value for base in block.__mro__ if base not in (*bases, *SparseFF.__mro__)
+           for method, value in vars(base).items() if inspect.isfunction(value)}
     for base, other, methods in NEVER_CALLED:
         for method in methods & own.keys():
             if issubclass(block, base):
                 raise Refused(f"{name} defines {method}, which is {other}'s; {base.__name__} never "
                               "calls it")
-    for method, value in own.items():
-        similar = get_close_matches(method, known, n=1, cutoff=0.9)
-        if inspect.isfunction(value) and method not in known and similar:
+    called = {word for function in own.values() for word in function.__code__.co_names}
+    for method in own.keys() - known - called:
+        similar = get_close_matches(method, known, n=1, cutoff=0.85)
+        if similar:
             raise Refused(f"{method} of {name} looks like a misspelt {similar[0]}; rename it")
-    if block is not bases[0] and not set(own) & (known - set(dir(torch.nn.Module))):
-        print(f"note: {name} changes no method of {bases[0].__name__}", file=sys.stderr)
+        print(f"note: {method} of {name} is a method that nothing here calls", file=sys.stderr)
+    for method in own.keys() & known - {"set_adapter"}:  # whose parameters are the class's own
+        check_signature(own[method], getattr(bases[0], method, None), name)
+    attributes = {attribute for base in block.__mro__ if base not in (*bases, *SparseFF.__mro__)
+                  for attribute in vars(base) if attribute[:2] != "__"}
+    if block is not bases[0] and not (own.keys() | attributes) & known:
+        print(f"note: {name} changes nothing of {bases[0].__name__}", file=sys.stderr)
+
+
+def check_signature(method, original, name):
+    """Refused if a method cannot be called as the one that it replaces."""
+    if not inspect.isfunction(original):
+        return
+    parameters = inspect.signature(original).parameters
+    try:
+        inspect.signature(method).bind(*parameters)
+    except TypeError:
+        raise Refused(f"{method.__name__} of {name} must take ({', '.join(parameters)}), in this "
+                      f"order: {Path(method.__code__.co_filename).name}, line "
+                      f"{method.__code__.co_firstlineno}") from None
 
 
 def close(a, b):
@@ -168,18 +186,25 @@ def check_counted(ff, x, name):
 
 
 def check_merge(ff, x, name):
-    """Refused if a reselection fails, or if GRIFFIN's merge does not fit the statistic."""
+    """Refused if a reselection fails, or if GRIFFIN's merge does not fit the statistic.
+
+    A merge of its own that does not fit may be meant, to forget old tokens; a note says it.
+    """
     ff.reset()
     for part in (x[:, :4], x[:, 4:]):
         ff.count(part, *ff.neurons(part), None)
         ff.select()
-    if getattr(type(ff), "merge", None) is not GRIFFIN.merge:
+    if not isinstance(ff, GRIFFIN):
         return
     whole, first, rest = (ff.statistic(part, *ff.neurons(part), None)
                           for part in (x, x[:, :4], x[:, 4:]))
-    if not close(ff.merge(first, rest), whole):
+    if close(ff.merge(first, rest), whole):
+        return
+    if type(ff).merge is GRIFFIN.merge:
         raise Refused(f"the statistic of {name} does not merge as GRIFFIN's does: for it, sqrt("
                       "s^2 + s_G^2) of two parts is not that of the whole; write merge as well")
+    print(f"note: merge of {name} does not make the statistic of a whole from those of two parts; "
+          "after a reselection other neurons are kept than a prefill would keep", file=sys.stderr)
 
 
 def check_paths(ff, x, name):

@@ -109,6 +109,11 @@ class StatisticOfCATS(caprese.CATS):
         return z.abs().sum(1)
 
 
+class Merg(caprese.GRIFFIN):
+    def merg(self, s, s_G):
+        return s + s_G
+
+
 class FirstRow(caprese.GRIFFIN):
     def sparsify(self, x, gate, z, kept):
         return z * kept[:1, None]
@@ -215,12 +220,13 @@ class Unfinished(caprese.SparseFF):
     (MisspeltInBetween, "statistics of .* looks like a misspelt statistic"),
     (MisspeltBesides, "corection of .* looks like a misspelt correction"),
     (NoSuchName, "name 'torhc' is not defined; see test_forks.py, line"),
-    (OtherInit, "takes 2 positional arguments but 5 were given"),
+    (OtherInit, r"__init__ of .* must take \(self, mlp, density, rank, call\).* line \d+"),
+    (Merg, "merg of .* looks like a misspelt merge"),
     (FailsLate, "second line; see test_forks.py, line"),
     (NoBatch, r"must return \[B, F\], here \[2, 64\], but it returns \[64\]"),
     (AllTokens, r"must return \[B, F\], here \[2, 64\], but it returns \[2, 9, 64\]"),
     (OneColumn, r"must return \[B, T, F\], here \[2, 9, 64\], but it returns \[2, 9, 1\]"),
-    (FewArguments, "takes 2 positional arguments but 5 were given"),
+    (FewArguments, r"must take \(self, x, gate, z, counted\).*: test_forks.py, line \d+"),
     (OtherRowsCount, "another answer alone than beside a second one"),
     (Uncounted, "leave out the tokens where counted is False"),
     (StatisticOfCATS, "defines statistic, which is GRIFFIN's; CATS never calls it"),
@@ -276,8 +282,15 @@ def test_a_class_that_changes_nothing_is_named(device, capsys):
         sparsity = 0.5  # no method, so it is no misspelt sparsify
 
     caprese.attach(tiny.model(device=device), Same)
-    assert "Same changes no method of GRIFFIN" in capsys.readouterr().err
-    caprese.attach(tiny.model(device=device), "griffin")
+    assert "Same changes nothing of GRIFFIN" in capsys.readouterr().err
+
+    class OtherLayers(caprese.GRIFFIN):
+        @staticmethod
+        def default_layers(num_layers):
+            return range(1)
+
+    for method in (OtherLayers, "griffin", "cats"):
+        caprese.attach(tiny.model(device=device), method)
     assert capsys.readouterr().err == ""
 
 
@@ -306,3 +319,25 @@ def test_a_correction_may_compute_in_float32_and_have_other_shapes(device, capsy
     ff = next(iter(caprese.sparse_layers(model).values()))
     assert not ff.gathers and not caprese.has_closed_form(ff)
     assert "takes the masked path" in capsys.readouterr().err
+
+
+def test_what_may_be_meant_is_said(device, capsys):
+    class Forgets(caprese.GRIFFIN):
+        def merge(self, s, s_G):
+            return 0.5 * s + s_G
+
+    class NeverCalled(caprese.GRIFFIN):
+        def compute_score(self, z):
+            return z.abs().sum(1)
+
+        def merge(self, s, s_G):
+            return self.merges(s, s_G)  # a helper may have a name like a method's
+
+        def merges(self, s, s_G):
+            return torch.hypot(s, s_G)
+
+    caprese.attach(tiny.model(device=device), Forgets)
+    assert "merge of test_forks:" in capsys.readouterr().err
+    caprese.attach(tiny.model(device=device), NeverCalled)
+    said = capsys.readouterr().err
+    assert "compute_score of" in said and "nothing here calls" in said and "merge" not in said

@@ -330,7 +330,7 @@ def test_an_adapter_of_ones_own_answers_three_ways(method, density, layers, says
     (["x", "--block", "caprese"], "not module:Class"),
     (["x", "--block", "mine.py:Mine"], "the file mine.py is mine:Mine"),
     (["x", "--method", "cats", "--block", "caprese:GRIFFIN"], "not allowed with"),
-    (["x", "--block", "caprese:Call"], "not a subclass"),
+    (["x", "--block", "caprese:Call"], "must be a subclass"),
     (["x", "--reselect", "4"], "--reselect"),
     (["x", "--reselect", "0"], "at least 1"),
     (["x", "--seed", "9" * 23], "64 bits"),
